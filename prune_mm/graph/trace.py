@@ -1,0 +1,78 @@
+"""Entry point: trace a module into a verified :class:`~prune_mm.graph.groups.ChannelGraph`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prune_mm.graph.groups import ChannelGraph, build_groups
+from prune_mm.graph.shadow import Shadow, ShadowTracer, tensors_in
+from prune_mm.graph.verify import freeze_what_fails
+
+
+def trace(module: nn.Module, example_inputs: Any, verify: bool = True) -> ChannelGraph:
+    """Find out which channels of ``module`` are tied to which.
+
+    The module runs once, in eval mode without gradients, on ``example_inputs``; frozen parameters and stages are
+    traced like any other. What it returns is the boundary: channels that reach an output stay. Then a copy with
+    random weights is cut at random, and groups whose cut form does not compute what the masked form computes are
+    frozen (code with hard-coded widths).
+
+    Args:
+        module: any module; it is not changed.
+        example_inputs: one tensor, or a tuple of positional arguments. A small input is enough.
+        verify: cut a copy and compare. Turn it off only to look at what tracing alone finds.
+
+    Returns:
+        The channel graph; printing it shows what is tied, and what is frozen and why.
+
+    Raises:
+        TypeError: if ``example_inputs`` holds no tensor.
+    """
+    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    if not tensors_in(inputs):
+        raise TypeError(f"example_inputs must hold a tensor, got {type(example_inputs).__name__}")
+    with in_eval_mode(module), torch.no_grad():
+        tracer = ShadowTracer(module)
+        for tensor in tensors_in(inputs):
+            tracer.set_shadow(tensor, _input_shadow(tensor))
+        with tracer.names_on_stack(), tracer:
+            outputs = module(*inputs)
+        for tensor in tensors_in(_as_tree(outputs)):
+            shadow = tracer.shadow(tensor)
+            if shadow is not None:
+                tracer.freeze(shadow.ids, "output of the traced scope")
+    weights = {name: tuple(module.get_parameter(name).shape) for name in tracer.record.positions}
+    graph = build_groups(tracer.record, weights)
+    if verify:
+        freeze_what_fails(module, inputs, graph)
+    return graph
+
+
+def _input_shadow(tensor: Tensor) -> Shadow:
+    return Shadow(torch.zeros(1, dtype=torch.int64).expand(tensor.shape), zero=False, depth=0)
+
+
+def _as_tree(outputs: Any) -> Any:
+    """Model outputs may be objects with tensors in their attributes (GoogLeNetOutputs is a tuple; others are not)."""
+    return outputs if isinstance(outputs, (Tensor, tuple, list, dict)) else vars(outputs)
+
+
+@contextmanager
+def in_eval_mode(module: nn.Module) -> Iterator[None]:
+    """Set every module's ``training`` flag off and back on, without calling ``train()``.
+
+    OpenMMLab backbones override ``train`` (it returns None and freezes stages again).
+    """
+    flags = {child: child.training for child in module.modules()}
+    for child in flags:
+        child.training = False
+    try:
+        yield
+    finally:
+        for child, flag in flags.items():
+            child.training = flag

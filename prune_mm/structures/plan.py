@@ -1,0 +1,148 @@
+"""A plan: the versioned, replayable list of structures that turns a dense network into a compact one."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from prune_mm.structures.base import Structure, structure_from_dict
+from prune_mm.structures.rewrite import cut_tensor
+
+FORMAT = "prune_mm.plan"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Stages of structures, relative to the submodule ``scope`` (empty: the whole model).
+
+    The structures of one stage are decided together and refer to the network before the stage; each stage starts
+    from the compact form of the one before.
+    """
+
+    scope: str
+    stages: tuple[tuple[Structure, ...], ...]
+
+    def module(self, model: nn.Module) -> nn.Module:
+        """The submodule the plan is about.
+
+        Raises:
+            ValueError: when the model has no such submodule.
+        """
+        try:
+            return model.get_submodule(self.scope)
+        except AttributeError as error:
+            raise ValueError(f"the model has no module '{self.scope}' that the plan is about") from error
+
+    def apply_masks(self, model: nn.Module) -> None:
+        """Give ``model`` the masked form of the first stage, in place.
+
+        Raises:
+            ValueError: for a plan of several stages; later ones refer to shapes a dense model does not have.
+        """
+        if len(self.stages) > 1:
+            raise ValueError(f"only a plan of one stage has a masked form, this one has {len(self.stages)}")
+        for structure in self.stages[0]:
+            structure.apply_mask(self.module(model))
+
+    def compact(self, model: nn.Module) -> nn.Module:
+        """Give ``model`` the compact form, in place, and return it.
+
+        Raises:
+            ValueError: naming the tensor, when the model is not the one the plan was made for.
+        """
+        module = self.module(model)
+        for stage in self.stages:
+            compact_stage(module, stage)
+        return model
+
+    def shapes(self, dense: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        """Shapes of the compact form's tensors from the dense ones (names relative to the scope)."""
+        shapes = {name: list(shape) for name, shape in dense.items()}
+        for stage in self.stages:
+            for (name, axis), kept in merge_cuts(stage).items():
+                if name in shapes:
+                    shapes[name][axis] = int(kept.sum())
+            for structure in stage:
+                structure.reshape(shapes)
+        return {name: tuple(shape) for name, shape in shapes.items()}
+
+    def to_json(self) -> str:
+        """The plan as JSON text."""
+        data = {
+            "format": FORMAT,
+            "version": VERSION,
+            "scope": self.scope,
+            "stages": [[structure.to_dict() for structure in stage] for stage in self.stages],
+        }
+        return json.dumps(data, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read a plan back.
+
+        Raises:
+            ValueError: saying what is wrong, for anything that is not a plan this version can read.
+        """
+        try:
+            data: Any = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"the plan is not valid JSON: {error}") from error
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise ValueError(f"not a plan: the key 'format' must be '{FORMAT}'")
+        if data.get("version") != VERSION:
+            raise ValueError(
+                f"the plan has version {data.get('version')!r}, this prune_mm reads version {VERSION}"
+            )
+        stages = data.get("stages")
+        if not isinstance(stages, list) or not all(isinstance(stage, list) for stage in stages):
+            raise ValueError("damaged plan: 'stages' must be a list of lists")
+        if not isinstance(data.get("scope"), str):
+            raise ValueError("damaged plan: 'scope' must be text")
+        return cls(
+            data["scope"], tuple(tuple(structure_from_dict(entry) for entry in stage) for stage in stages)
+        )
+
+
+def merge_cuts(stage: Sequence[Structure]) -> dict[tuple[str, int], Tensor]:
+    """What stays along every ``(tensor, axis)`` when all structures of a stage are cut together.
+
+    Raises:
+        ValueError: naming the tensor, when two structures disagree about its size or nothing of it would stay.
+    """
+    merged: dict[tuple[str, int], Tensor] = {}
+    for structure in stage:
+        for name, axis, kept in structure.cuts():
+            other = merged.get((name, axis))
+            if other is not None and other.numel() != kept.numel():
+                raise ValueError(
+                    f"damaged plan: '{name}' has {other.numel()} and {kept.numel()} along axis {axis}"
+                )
+            merged[name, axis] = kept if other is None else other & kept
+    for (name, axis), kept in merged.items():
+        if not bool(kept.any()):
+            raise ValueError(f"damaged plan: nothing of '{name}' would stay along axis {axis}")
+    return merged
+
+
+def compact_stage(module: nn.Module, stage: Sequence[Structure]) -> None:
+    """Give ``module`` the compact form of one stage, in place."""
+    for (name, axis), kept in merge_cuts(stage).items():
+        cut_tensor(module, name, axis, kept)
+    for structure in stage:
+        structure.rewrite(module)
+
+
+def count_macs(shapes: dict[str, tuple[int, ...]], positions: dict[str, int]) -> int:
+    """Multiply-adds of one forward: elements of every conv and linear weight times the positions it is applied at."""
+    return sum(math.prod(shapes[name]) * count for name, count in positions.items())
+
+
+def count_parameters(shapes: Iterable[tuple[int, ...]]) -> int:
+    """Total number of elements."""
+    return sum(math.prod(shape) for shape in shapes)
