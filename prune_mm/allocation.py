@@ -98,8 +98,7 @@ def round_channels(keep: int, total: int, divisor: int = 1, minimum: int = 0) ->
     """
     if total < 1 or divisor < 1 or minimum < 0:
         raise ValueError(
-            "need total >= 1, divisor >= 1, minimum >= 0; "
-            f"got total={total}, divisor={divisor}, minimum={minimum}"
+            f"need total >= 1, divisor >= 1, minimum >= 0; got total={total}, divisor={divisor}, minimum={minimum}"
         )
     keep = min(max(keep, 0), total)
     lower = keep // divisor * divisor
@@ -139,9 +138,7 @@ def fit_to_budget(
     """
     _check_sparsity(highest)
     if not tolerance > 0.0 or math.isnan(budget):
-        raise ValueError(
-            f"need tolerance > 0 and a number as budget; got tolerance={tolerance}, budget={budget}"
-        )
+        raise ValueError(f"need tolerance > 0 and a number as budget; got tolerance={tolerance}, budget={budget}")
     counts = counts_at(0.0)
     if cost(counts) <= budget:
         return 0.0, counts

@@ -196,9 +196,7 @@ class TestFitToBudget:
         use_gamma=st.booleans(),
     )
     @settings(max_examples=100, deadline=None)
-    def test_feasible_and_maximal(
-        self, sizes: list[int], share: float, divisor: int, seed: int, use_gamma: bool
-    ):
+    def test_feasible_and_maximal(self, sizes: list[int], share: float, divisor: int, seed: int, use_gamma: bool):
         gammas = list(torch.rand(sum(sizes), generator=torch.Generator().manual_seed(seed)).split(sizes))
 
         def counts_at(sparsity: float) -> list[int]:

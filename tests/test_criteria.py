@@ -158,9 +158,7 @@ class TestCss:
         dtype=st.sampled_from([torch.float32, torch.float64]),
     )
     @settings(max_examples=80, deadline=None)
-    def test_squares_sum_to_the_rank_kept(
-        self, rank: int, extra: int, keep: int, seed: int, dtype: torch.dtype
-    ):
+    def test_squares_sum_to_the_rank_kept(self, rank: int, extra: int, keep: int, seed: int, dtype: torch.dtype):
         weight = planted(rank + extra, 14, rank, seed).to(dtype)
         scores = css_scores(weight, keep)
         assert bool(((scores >= 0) & (scores <= 1)).all())

@@ -26,9 +26,7 @@ def accumulate(buffer: Tensor, value: Tensor, scale: float = 1.0) -> None:
         buffer.add_(value.to(buffer.dtype), alpha=scale)
 
 
-def gradients(
-    function: Callable[..., Tensor], inputs: Sequence[Tensor], grad_output: Tensor
-) -> tuple[Tensor, ...]:
+def gradients(function: Callable[..., Tensor], inputs: Sequence[Tensor], grad_output: Tensor) -> tuple[Tensor, ...]:
     """Vector-Jacobian product of ``function`` at ``inputs``: one gradient per input, in compute precision."""
     with torch.enable_grad():
         leaves = [widen(tensor).requires_grad_() for tensor in inputs]

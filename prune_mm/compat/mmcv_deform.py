@@ -94,9 +94,7 @@ def deform_conv_backward_parameters(
     """Add ``scale`` times the gradient of :func:`deform_conv_forward` with respect to the weight."""
 
     def convolve(weight: Tensor) -> Tensor:
-        return deform_conv2d(
-            widen(input), widen(offset), weight, None, (dH, dW), (padH, padW), (dilationH, dilationW)
-        )
+        return deform_conv2d(widen(input), widen(offset), weight, None, (dH, dW), (padH, padW), (dilationH, dilationW))
 
     # The convolution is linear in its weight, so the weight itself (which is not passed) does not matter.
     (gradient,) = gradients(convolve, [torch.zeros_like(grad_weight)], grad_output)

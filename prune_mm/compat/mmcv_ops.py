@@ -44,9 +44,7 @@ def _overlaps(boxes1: Tensor, boxes2: Tensor, mode: int = 0, offset: int = 0) ->
     return intersection / (area1 + area2 - intersection)
 
 
-def bbox_overlaps(
-    bboxes1: Tensor, bboxes2: Tensor, ious: Tensor, mode: int, aligned: bool, offset: int
-) -> None:
+def bbox_overlaps(bboxes1: Tensor, bboxes2: Tensor, ious: Tensor, mode: int, aligned: bool, offset: int) -> None:
     """Write the overlaps of (M, 4) and (N, 4) boxes into ``ious``: (M, N), or (M,) when ``aligned``."""
     left, right = widen(bboxes1), widen(bboxes2)
     write(ious, _overlaps(left if aligned else left[:, None], right, mode, offset))
@@ -196,9 +194,7 @@ def roi_pool_forward(
     features = widen(input)
     regions = rois.detach().to(features.dtype)
     # The public torchvision function hides the positions, which the backward pass needs.
-    pooled, positions = torch.ops.torchvision.roi_pool(
-        features, regions, spatial_scale, pooled_height, pooled_width
-    )
+    pooled, positions = torch.ops.torchvision.roi_pool(features, regions, spatial_scale, pooled_height, pooled_width)
     write(output, pooled)
     write(argmax, positions)
 
@@ -284,9 +280,7 @@ def masked_col2im_forward(
         im[0, :, mask_h_idx, mask_w_idx] = col.detach().to(im.dtype)
 
 
-def _deformable_attention(
-    value: Tensor, spatial_shapes: Tensor, locations: Tensor, weights: Tensor
-) -> Tensor:
+def _deformable_attention(value: Tensor, spatial_shapes: Tensor, locations: Tensor, weights: Tensor) -> Tensor:
     # mmcv has a reference in plain torch, which it uses on the CPU; its CUDA path comes here instead.
     from mmcv.ops.multi_scale_deform_attn import multi_scale_deformable_attn_pytorch
 

@@ -213,9 +213,7 @@ def _layout(rng: np.random.Generator, size: int, max_objects: int) -> list[tuple
 # Folders.
 
 
-def _publish(
-    root: str | os.PathLike[str], kind: str, args: dict[str, int], write: Callable[[Path], None]
-) -> Path:
+def _publish(root: str | os.PathLike[str], kind: str, args: dict[str, int], write: Callable[[Path], None]) -> Path:
     """Let ``write`` fill a temporary sibling of ``root``, then rename it to ``root``; return ``root``.
 
     Does nothing when ``root`` holds this data set already, and leaves nothing behind when ``write`` fails.

@@ -76,9 +76,7 @@ class ChannelGroup:
         state = f"FROZEN: {self.frozen}" if self.frozen else ("coupled" if self.coupled else "inner")
         lines = [f"{self.name}: {self.channels} channels, {state}{', stem' if self.stem else ''}"]
         if len(self.producers) > 1:
-            lines.append(
-                f"  made by {', '.join(self.producers)}; tied by {', '.join(self.ties) or 'shared use'}"
-            )
+            lines.append(f"  made by {', '.join(self.producers)}; tied by {', '.join(self.ties) or 'shared use'}")
         lines.extend(f"  {slot.role:9} {slot.tensor}[axis {slot.axis}]" for slot in self.slots)
         return "\n".join(lines)
 
@@ -166,9 +164,7 @@ def build_groups(record: TraceRecord, weights: dict[str, tuple[int, ...]]) -> Ch
         groups.append(replace(group, frozen=reason))
         if key in reshaped:
             fragile[group.name] = reshaped[key]
-    graph = ChannelGraph(
-        groups, _shortcuts(record, depthwise), {}, tuple(record.group_norms), fragile, weights
-    )
+    graph = ChannelGraph(groups, _shortcuts(record, depthwise), {}, tuple(record.group_norms), fragile, weights)
     made = {name for g in groups for name in g.producers}
     for slot in record.slots:
         layer = slot.tensor.rpartition(".")[0]
@@ -253,9 +249,7 @@ def _make_group(
     )
 
 
-def _ties_of(
-    record: TraceRecord, classes: np.ndarray, group_of_class: np.ndarray, key: int
-) -> list[tuple[str, str]]:
+def _ties_of(record: TraceRecord, classes: np.ndarray, group_of_class: np.ndarray, key: int) -> list[tuple[str, str]]:
     found = []
     for tie in record.ties:
         known = [b for b in tie.blocks if b >= 0]

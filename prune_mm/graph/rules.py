@@ -36,9 +36,7 @@ def apply_rule(tracer: ShadowTracer, func: Any, args: tuple, kwargs: dict, resul
     found = _RULES.get(name)
     if found is None and torch.Tag.pointwise in func.tags:
         found = pointwise
-    if found not in _READS_NO_CHANNELS and not any(
-        tracer.operand_shadow(t) for t in _operands(found, args, kwargs)
-    ):
+    if found not in _READS_NO_CHANNELS and not any(tracer.operand_shadow(t) for t in _operands(found, args, kwargs)):
         tracer.make_opaque(result, name)
         return
     (found or unknown)(tracer, func, args, kwargs, result)
@@ -407,9 +405,7 @@ def convolution(tracer: ShadowTracer, func: Any, args: tuple, kwargs: dict, resu
 
 
 @rule("deform_conv2d")
-def deformable_convolution(
-    tracer: ShadowTracer, func: Any, args: tuple, kwargs: dict, result: Tensor
-) -> None:
+def deformable_convolution(tracer: ShadowTracer, func: Any, args: tuple, kwargs: dict, result: Tensor) -> None:
     """torchvision's deformable convolution: as a convolution; offsets and masks have a fixed layout."""
     x, weight, offset, mask, bias = args[:5]
     groups, offset_groups = args[11], args[12]
@@ -428,9 +424,7 @@ def _conv_layer(
     groups: int, transposed: bool, positions: int, result: Tensor,
 ) -> None:  # fmt: skip
     name = tracer.name_of(weight)
-    if name is None or (
-        bias is not None and tracer.name_of(bias) is None and bias.numel() and bool(bias.any())
-    ):
+    if name is None or (bias is not None and tracer.name_of(bias) is None and bias.numel() and bool(bias.any())):
         _give_up(tracer, (x,), result, "its weight is computed on the fly")
         return
     tracer.record.positions[name] = tracer.record.positions.get(name, 0) + positions
@@ -444,15 +438,11 @@ def _conv_layer(
     out_count = result.shape[1]
     depth = (shadow.depth if shadow else 0) + 1
     depthwise = groups > 1 and (x.shape[1] == groups)
-    ids_out = _layer_output_ids(
-        tracer, name, ids_in, out_count, depth, weight, reads_input=not bool(ids_in.any())
-    )
+    ids_out = _layer_output_ids(tracer, name, ids_in, out_count, depth, weight, reads_input=not bool(ids_in.any()))
     rows, columns = (1, 0) if transposed else (0, 1)
     if depthwise:
         tracer.unite(ids_out, ids_in.repeat_interleave(out_count // groups))
-        _weight_slot(
-            tracer, name, columns if transposed else rows, ids_in if transposed else ids_out, "depthwise"
-        )
+        _weight_slot(tracer, name, columns if transposed else rows, ids_in if transposed else ids_out, "depthwise")
         if transposed and out_count != groups:
             tracer.freeze(ids_in, "depthwise transposed convolution with a multiplier")
     elif groups > 1:
@@ -521,14 +511,8 @@ def linear(tracer: ShadowTracer, func: Any, args: tuple, kwargs: dict, result: T
         return
     rows = x.numel() // x.shape[-1]
     tracer.record.positions[name] = tracer.record.positions.get(name, 0) + rows
-    if (
-        shadow is not None
-        and not varies(shadow.ids, x.ndim - 1)
-        and any(varies(shadow.ids, d) for d in range(x.ndim))
-    ):
-        tracer.set_shadow(
-            result, Shadow(shadow.ids.narrow(-1, 0, 1).expand(result.shape), bias is None, shadow.depth)
-        )
+    if shadow is not None and not varies(shadow.ids, x.ndim - 1) and any(varies(shadow.ids, d) for d in range(x.ndim)):
+        tracer.set_shadow(result, Shadow(shadow.ids.narrow(-1, 0, 1).expand(result.shape), bias is None, shadow.depth))
         return
     ids_in = None if shadow is None else _channel_ids(shadow.ids, x.ndim - 1)
     if shadow is not None and ids_in is None:

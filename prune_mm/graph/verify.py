@@ -53,9 +53,7 @@ def _freeze_if_failing(
             return
 
 
-def _failure(
-    subject: nn.Module, inputs: tuple, groups: list[ChannelGroup], generator: torch.Generator
-) -> str | None:
+def _failure(subject: nn.Module, inputs: tuple, groups: list[ChannelGroup], generator: torch.Generator) -> str | None:
     """Cut ``groups`` at random in a copy; None when masked and compact agree, else what went wrong."""
     slices = []
     for group in groups:

@@ -73,9 +73,7 @@ def rank_channels(scores: Tensor) -> Tensor:
         ValueError: a score is NaN, which has no place in an order.
     """
     if scores.isnan().any():
-        raise ValueError(
-            f"{int(scores.isnan().sum())} of {scores.numel()} scores are NaN: channels cannot be ranked"
-        )
+        raise ValueError(f"{int(scores.isnan().sum())} of {scores.numel()} scores are NaN: channels cannot be ranked")
     return torch.sort(scores, descending=True, stable=True).indices
 
 
@@ -126,9 +124,7 @@ def regrow_residuals(weight: Tensor, kept: Tensor, pool: Tensor) -> Tensor:
     return torch.linalg.vector_norm(residual, dim=1)
 
 
-def sample_regrow(
-    residuals: Tensor, count: int, generator: torch.Generator, temperature: float = 1.0
-) -> Tensor:
+def sample_regrow(residuals: Tensor, count: int, generator: torch.Generator, temperature: float = 1.0) -> Tensor:
     """Draw candidates without replacement, with probability softmax(residuals / temperature).
 
     The draw is `torch.multinomial` on CPU in float32, as published, so equal seeds give the published choice.

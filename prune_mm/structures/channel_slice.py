@@ -78,9 +78,7 @@ class ChannelSlice(Structure):
         keep = index_list(data["keep"], channels, f"{cls.kind} '{data['name']}': keep")
         if not keep:
             raise ValueError(f"{cls.kind} '{data['name']}': keep is empty, at least one channel must stay")
-        return cls(
-            str(data["name"]), keep, channels, tuple(_slot_from_dict(s, channels) for s in data["slots"])
-        )
+        return cls(str(data["name"]), keep, channels, tuple(_slot_from_dict(s, channels) for s in data["slots"]))
 
 
 @register_structure

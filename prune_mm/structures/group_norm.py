@@ -15,9 +15,7 @@ class CompactGroupNorm(nn.Module):
     Shapes: input and output ``(N, C_kept, *)``.
     """
 
-    def __init__(
-        self, weight: Tensor, bias: Tensor | None, group: Tensor, groups: int, per_group: int, eps: float
-    ):
+    def __init__(self, weight: Tensor, bias: Tensor | None, group: Tensor, groups: int, per_group: int, eps: float):
         """See :meth:`from_group_norm`."""
         super().__init__()
         self.weight = nn.Parameter(weight)
@@ -60,4 +58,6 @@ class CompactGroupNorm(nn.Module):
 
     def extra_repr(self) -> str:
         """Sizes, as GroupNorm prints them."""
-        return f"{self.num_groups}, {self.weight.numel()} of {self.num_groups * self.channels_per_group}, eps={self.eps}"
+        return (
+            f"{self.num_groups}, {self.weight.numel()} of {self.num_groups * self.channels_per_group}, eps={self.eps}"
+        )

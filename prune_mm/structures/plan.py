@@ -96,17 +96,13 @@ class Plan:
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ValueError(f"not a plan: the key 'format' must be '{FORMAT}'")
         if data.get("version") != VERSION:
-            raise ValueError(
-                f"the plan has version {data.get('version')!r}, this prune_mm reads version {VERSION}"
-            )
+            raise ValueError(f"the plan has version {data.get('version')!r}, this prune_mm reads version {VERSION}")
         stages = data.get("stages")
         if not isinstance(stages, list) or not all(isinstance(stage, list) for stage in stages):
             raise ValueError("damaged plan: 'stages' must be a list of lists")
         if not isinstance(data.get("scope"), str):
             raise ValueError("damaged plan: 'scope' must be text")
-        return cls(
-            data["scope"], tuple(tuple(structure_from_dict(entry) for entry in stage) for stage in stages)
-        )
+        return cls(data["scope"], tuple(tuple(structure_from_dict(entry) for entry in stage) for stage in stages))
 
 
 def merge_cuts(stage: Sequence[Structure]) -> dict[tuple[str, int], Tensor]:
@@ -120,9 +116,7 @@ def merge_cuts(stage: Sequence[Structure]) -> dict[tuple[str, int], Tensor]:
         for name, axis, kept in structure.cuts():
             other = merged.get((name, axis))
             if other is not None and other.numel() != kept.numel():
-                raise ValueError(
-                    f"damaged plan: '{name}' has {other.numel()} and {kept.numel()} along axis {axis}"
-                )
+                raise ValueError(f"damaged plan: '{name}' has {other.numel()} and {kept.numel()} along axis {axis}")
             merged[name, axis] = kept if other is None else other & kept
     for (name, axis), kept in merged.items():
         if not bool(kept.any()):

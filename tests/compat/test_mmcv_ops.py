@@ -208,9 +208,7 @@ def test_soft_nms_of_boxes_without_area():
 
 
 def test_nms_match_groups_suppressed_boxes_with_their_survivor():
-    dets = torch.tensor(
-        [[0.0, 0, 9, 9, 0.5], [0, 0, 10, 10, 0.9], [50, 50, 60, 60, 0.7], [1, 1, 10, 10, 0.6]]
-    )
+    dets = torch.tensor([[0.0, 0, 9, 9, 0.5], [0, 0, 10, 10, 0.9], [50, 50, 60, 60, 0.7], [1, 1, 10, 10, 0.6]])
     groups = [group.tolist() for group in ops.nms_match(dets, 0.5)]
     assert groups == [[1, 3, 0], [2]]
 
@@ -221,9 +219,7 @@ def test_bbox_overlaps(mode, offset):
     a, b = random_boxes(5, dtype=DOUBLE), random_boxes(5, dtype=DOUBLE)
     expected = torch.tensor([[iou(x, y, offset, mode) for y in b.tolist()] for x in a.tolist()], dtype=DOUBLE)
     torch.testing.assert_close(ops.bbox_overlaps(a, b[:3], mode, offset=offset), expected[:, :3])
-    torch.testing.assert_close(
-        ops.bbox_overlaps(a, b, mode, aligned=True, offset=offset), expected.diagonal()
-    )
+    torch.testing.assert_close(ops.bbox_overlaps(a, b, mode, aligned=True, offset=offset), expected.diagonal())
 
 
 # --- region pooling
@@ -298,9 +294,7 @@ def test_roi_align_max_mode_says_what_to_do():
 
 def test_roi_pool_forward_and_backward():
     features = torch.rand(2, 3, 8, 8, dtype=DOUBLE, requires_grad=True)
-    rois = torch.tensor(
-        [[1, 0, 0, 3, 3], [0, 2, 4, 5, 7], [0, 2, 4, 5, 7]], dtype=DOUBLE
-    )  # inclusive corners
+    rois = torch.tensor([[1, 0, 0, 3, 3], [0, 2, 4, 5, 7], [0, 2, 4, 5, 7]], dtype=DOUBLE)  # inclusive corners
     layer = ops.RoIPool(2)
     windows = torch.stack([features[1, :, :4, :4], features[0, :, 4:, 2:6], features[0, :, 4:, 2:6]])
     expected = F.max_pool2d(windows, 2)

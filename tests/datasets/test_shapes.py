@@ -19,9 +19,7 @@ SIZE = 128
 
 
 def contents(root: Path) -> dict[str, bytes]:
-    return {
-        str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()
-    }
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -32,9 +30,7 @@ def coco_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def folder_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_shapes_imagefolder(
-        tmp_path_factory.mktemp("data") / "cls", train_per_class=3, val_per_class=2
-    )
+    return make_shapes_imagefolder(tmp_path_factory.mktemp("data") / "cls", train_per_class=3, val_per_class=2)
 
 
 @pytest.fixture(scope="module", params=list(COUNTS))
@@ -242,9 +238,7 @@ def test_bad_arguments_are_refused_before_anything_is_written(tmp_path, argument
 
 def test_command_line(tmp_path, capsys):
     root = str(tmp_path / "data")
-    assert (
-        shapes.main(["coco", root, "--train", "2", "--val", "1", "--size", "64", "--max-objects", "2"]) == 0
-    )
+    assert shapes.main(["coco", root, "--train", "2", "--val", "1", "--size", "64", "--max-objects", "2"]) == 0
     assert capsys.readouterr().out == f"{root}: 3 images of 64x64 pixels, seed 0\n"
     assert shapes.main(["imagefolder", root]) == 2
     assert "pass another folder" in capsys.readouterr().err

@@ -150,9 +150,7 @@ class TestResiduals:
         dtype=st.sampled_from([torch.float32, torch.float64]),
     )
     @settings(max_examples=80, deadline=None)
-    def test_equals_the_pseudo_inverse(
-        self, rank: int, copies: int, width: int, seed: int, dtype: torch.dtype
-    ):
+    def test_equals_the_pseudo_inverse(self, rank: int, copies: int, width: int, seed: int, dtype: torch.dtype):
         # Small integers make the copies exact combinations in float32 as well.
         base = torch.randint(-9, 10, (rank, width), generator=seeded(seed)).to(dtype)
         mix = torch.randint(-9, 10, (copies, rank), generator=seeded(seed + 1)).to(dtype)
@@ -259,9 +257,7 @@ class TestSampling:
 
 @pytest.fixture(scope="module")
 def weights() -> dict[str, Tensor]:
-    return {
-        layer["name"]: hash_conv_weight(tuple(layer["shape"]), layer["number"]) for layer in chex_layers()
-    }
+    return {layer["name"]: hash_conv_weight(tuple(layer["shape"]), layer["number"]) for layer in chex_layers()}
 
 
 @pytest.fixture(scope="module")
@@ -302,9 +298,7 @@ class TestResNet50:
     def test_initial_mask(self, masks: dict[str, Tensor]):
         for layer in chex_layers():
             kept = masks[layer["name"]].nonzero()
-            assert (len(kept), int(kept.sum())) == (layer["init_keep"], layer["init_mask_sum_idx"]), layer[
-                "name"
-            ]
+            assert (len(kept), int(kept.sum())) == (layer["init_keep"], layer["init_mask_sum_idx"]), layer["name"]
 
     def test_second_update(self, weights: dict[str, Tensor], masks: dict[str, Tensor], gammas: list[Tensor]):
         keep = global_gamma_keep(gammas, 0.7)
