@@ -7,10 +7,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from prune_mm.graph.groups import ChannelGraph, build_groups
-from prune_mm.graph.shadow import Shadow, ShadowTracer, tensors_in
+from prune_mm.graph.build import build_groups
+from prune_mm.graph.groups import ChannelGraph
+from prune_mm.graph.shadow import ShadowTracer
+from prune_mm.graph.tensors import tensors_in, tensors_of
 from prune_mm.graph.verify import freeze_what_fails
 
 
@@ -31,7 +33,7 @@ def trace(module: nn.Module, example_inputs: Any, verify: bool = True) -> Channe
         The channel graph; printing it shows what is tied, and what is frozen and why.
 
     Raises:
-        TypeError: if ``example_inputs`` holds no tensor.
+        TypeError: if ``example_inputs`` or what the module returns holds no tensor.
     """
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     if not tensors_in(inputs):
@@ -39,27 +41,39 @@ def trace(module: nn.Module, example_inputs: Any, verify: bool = True) -> Channe
     with in_eval_mode(module), torch.no_grad():
         tracer = ShadowTracer(module)
         for tensor in tensors_in(inputs):
-            tracer.set_shadow(tensor, _input_shadow(tensor))
+            tracer.add_input(tensor)
         with tracer.names_on_stack(), tracer:
             outputs = module(*inputs)
-        for tensor in tensors_in(_as_tree(outputs)):
+        returned = tensors_of(outputs)
+        if not returned:
+            raise TypeError(f"the module must return tensors, got {type(outputs).__name__}")
+        for tensor in returned:
             shadow = tracer.shadow(tensor)
             if shadow is not None:
                 tracer.freeze(shadow.ids, "output of the traced scope")
     weights = {name: tuple(module.get_parameter(name).shape) for name in tracer.record.positions}
     graph = build_groups(tracer.record, weights)
+    graph.unprunable = _left_out(tracer, graph)
     if verify:
         freeze_what_fails(module, inputs, graph)
     return graph
 
 
-def _input_shadow(tensor: Tensor) -> Shadow:
-    return Shadow(torch.zeros(1, dtype=torch.int64).expand(tensor.shape), zero=False, depth=0)
-
-
-def _as_tree(outputs: Any) -> Any:
-    """Model outputs may be objects with tensors in their attributes (GoogLeNetOutputs is a tuple; others are not)."""
-    return outputs if isinstance(outputs, (Tensor, tuple, list, dict)) else vars(outputs)
+def _left_out(tracer: ShadowTracer, graph: ChannelGraph) -> dict[str, str]:
+    """Every layer with a weight matrix that is in no group, with the reason."""
+    inside = {slot.tensor for group in graph.groups for slot in group.slots}
+    reasons = {}
+    for name, parameter in tracer.module.named_parameters():
+        if parameter.ndim < 2 or parameter.numel() == max(parameter.shape) or name in inside:
+            continue
+        if not tracer.was_used(parameter):
+            reason = "not used in the traced call"
+        elif tracer.slot(name, 0) is not None:
+            reason = "no layer before it makes the channels it works on"
+        else:
+            reason = tracer.record.lost.get(name, "not used as the weight of a layer")
+        reasons[name.removesuffix(".weight")] = reason
+    return reasons
 
 
 @contextmanager

@@ -3,106 +3,148 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from prune_mm.graph.groups import ChannelGraph, ChannelGroup
-from prune_mm.graph.shadow import tensors_in
+from prune_mm.graph.tensors import tensors_of
 from prune_mm.structures.channel_slice import ChannelSlice
 from prune_mm.structures.plan import compact_stage
+from prune_mm.structures.slots import get_tensor, set_tensor
 
 #: Relative to the largest output; float32 round-off of deep nets is below 1e-5, a wrong cut is above 1e-2.
 TOLERANCE = 1e-4
+
+#: A hard-coded width can fit one random cut by luck, hardly two in a row.
+CUTS_THROUGH_SIZES = 2
 
 
 def freeze_what_fails(module: nn.Module, inputs: tuple, graph: ChannelGraph, seed: int = 0) -> None:
     """Freeze the groups of ``graph`` that cannot be cut exactly, with the reason.
 
-    First everything is cut at once. Only when that fails are groups tried one by one: those that pass an operator
-    with sizes first, since code that hard-codes a width does so there.
+    Everything is cut at once; only when that fails are halves of the groups tried, and halves of those. Groups that
+    pass an operator with sizes come last, since code that hard-codes a width does so there.
     """
-    subject = _randomised_copy(module, seed)
-    generator = torch.Generator().manual_seed(seed)
-    if not graph.prunable or _failure(subject, inputs, graph.prunable, generator) is None:
+    checker = _Checker(module, inputs, seed)
+    passed, wanted = 0, CUTS_THROUGH_SIZES if graph.fragile else 1
+    while graph.prunable and passed < wanted:
+        if checker.failure(graph.prunable) is None:
+            passed += 1
+            continue
+        passed = 0
+        sound = [group for group in graph.prunable if group.name not in graph.fragile]
+        fragile = [group for group in graph.prunable if group.name in graph.fragile]
+        accepted: list[ChannelGroup] = []
+        for groups in (sound, fragile):
+            for group, failure in _rejected(checker, accepted, groups):
+                cause = f"{graph.fragile[group.name]}; " if group.name in graph.fragile else ""
+                graph.freeze(group.name, f"the code fixes its width ({cause}{failure})")
+
+
+def _rejected(
+    checker: _Checker, accepted: list[ChannelGroup], groups: list[ChannelGroup]
+) -> Iterator[tuple[ChannelGroup, str]]:
+    """Add to ``accepted`` the groups that can be cut together with it; yield the others with what went wrong."""
+    if not groups:
         return
-    for group in [g for g in graph.prunable if g.name in graph.fragile]:
-        _freeze_if_failing(subject, inputs, graph, group, generator)
-    if _failure(subject, inputs, graph.prunable, generator) is None:
-        return
-    for group in graph.prunable:
-        _freeze_if_failing(subject, inputs, graph, group, generator)
-    good: list[ChannelGroup] = []
-    for group in graph.prunable:
-        if _failure(subject, inputs, [*good, group], generator) is None:
-            good.append(group)
-        else:
-            graph.freeze(group.name, "cannot be cut together with other groups")
+    failure = checker.failure([*accepted, *groups])
+    if failure is None:
+        accepted.extend(groups)
+    elif len(groups) == 1:
+        yield groups[0], failure
+    else:
+        middle = len(groups) // 2
+        yield from _rejected(checker, accepted, groups[:middle])
+        yield from _rejected(checker, accepted, groups[middle:])
 
 
-def _freeze_if_failing(
-    subject: nn.Module, inputs: tuple, graph: ChannelGraph, group: ChannelGroup, generator: torch.Generator
-) -> None:
-    # A hard-coded width can fit one random cut by luck, hardly two.
-    for _ in range(2):
-        failure = _failure(subject, inputs, [group], generator)
-        if failure is not None:
-            passed = graph.fragile.get(group.name)
-            graph.freeze(group.name, f"the code fixes its width ({f'{passed}; ' if passed else ''}{failure})")
-            return
+class _Checker:
+    """Compares masked and compact forms on one copy of the module, which is put back after every cut."""
 
+    def __init__(self, module: nn.Module, inputs: tuple, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.subject = _randomised_copy(module, self.generator)
+        self.inputs = inputs
 
-def _failure(subject: nn.Module, inputs: tuple, groups: list[ChannelGroup], generator: torch.Generator) -> str | None:
-    """Cut ``groups`` at random in a copy; None when masked and compact agree, else what went wrong."""
-    slices = []
-    for group in groups:
-        keep = torch.rand(group.channels, generator=generator) < 0.6
-        keep[int(torch.randint(group.channels, (1,), generator=generator))] = True
+    @torch.no_grad()
+    def failure(self, groups: list[ChannelGroup]) -> str | None:
+        """Cut ``groups`` at random; None when masked and compact agree, else what went wrong."""
+        pieces = [self._random_slice(group) for group in groups]
+        with _put_back(self.subject):
+            for name in {slot.tensor for group in groups for slot in group.slots}:
+                set_tensor(self.subject, name, get_tensor(self.subject, name).clone())
+            for piece in pieces:
+                piece.apply_mask(self.subject)
+            expected = tensors_of(self.subject(*self.inputs))
+            try:
+                compact_stage(self.subject, pieces)
+                found = tensors_of(self.subject(*self.inputs))
+            except Exception as error:  # whatever the network's own code raises when its widths do not fit
+                return f"cutting it raises {type(error).__name__}"
+        if [t.shape for t in expected] != [t.shape for t in found]:
+            return "cutting it changes the shape of the output"
+        if not all(_close(a, b) for a, b in zip(expected, found)):
+            return "cutting it changes the output"
+        return None
+
+    def _random_slice(self, group: ChannelGroup) -> ChannelSlice:
+        keep = torch.rand(group.channels, generator=self.generator) < 0.6
+        keep[int(torch.randint(group.channels, (1,), generator=self.generator))] = True
         if bool(keep.all()):
-            keep[int(torch.randint(group.channels, (1,), generator=generator))] = False
-        slices.append(ChannelSlice.from_mask(group.name, keep, group.slots))
-    masked = copy.deepcopy(subject)
-    for piece in slices:
-        piece.apply_mask(masked)
-    expected = _run(masked, inputs)
+            keep[int(torch.randint(group.channels, (1,), generator=self.generator))] = False
+        return ChannelSlice.from_mask(group.name, keep, group.slots)
+
+
+@contextmanager
+def _put_back(module: nn.Module) -> Iterator[None]:
+    """Undo whatever happens to the attributes of a module tree; tensors themselves must not be written to."""
+    saved = []
+    for child in module.modules():
+        state = {key: value.copy() if isinstance(value, dict) else value for key, value in vars(child).items()}
+        saved.append((child, state))
     try:
-        compact_stage(masked, slices)
-        found = _run(masked, inputs)
-    except Exception as error:  # whatever the network's own code raises when its widths do not fit
-        return f"cutting it raises {type(error).__name__}"
-    if [t.shape for t in expected] != [t.shape for t in found]:
-        return "cutting it changes the shape of the output"
-    if not all(_close(a, b) for a, b in zip(expected, found)):
-        return "cutting it changes the output"
-    return None
+        yield
+    finally:
+        for child, state in saved:
+            vars(child).clear()
+            vars(child).update(state)
 
 
 def _close(expected: Tensor, found: Tensor) -> bool:
-    if not expected.dtype.is_floating_point:
+    if not (expected.dtype.is_floating_point or expected.dtype.is_complex):
         return bool((expected == found).all())
-    scale = float(expected.abs().max()) + 1e-12
-    return bool(torch.isfinite(found).all()) and float((expected - found).abs().max()) <= TOLERANCE * scale
+    scale = float(expected.abs().max()) + 1e-12 if expected.numel() else 1.0
+    difference = float((expected - found).abs().max()) if expected.numel() else 0.0
+    return bool(torch.isfinite(found).all()) and difference <= TOLERANCE * scale
 
 
 @torch.no_grad()
-def _run(module: nn.Module, inputs: tuple) -> list[Tensor]:
-    outputs: Any = module(*inputs)
-    tree = outputs if isinstance(outputs, (Tensor, tuple, list, dict)) else vars(outputs)
-    return tensors_in(tree)
+def _randomised_copy(module: nn.Module, generator: torch.Generator) -> nn.Module:
+    """A copy in eval mode whose parameters and statistics hide nothing (zero-initialised gammas would).
 
-
-@torch.no_grad()
-def _randomised_copy(module: nn.Module, seed: int) -> nn.Module:
-    """A copy in eval mode whose affine parameters and statistics hide nothing (zero-initialised gammas would)."""
-    subject = copy.deepcopy(module)
-    generator = torch.Generator().manual_seed(seed)
+    It shares the other tensors with the module, so none may be written to.
+    """
+    shared = [*module.parameters(), *module.buffers()]
+    subject = copy.deepcopy(module, {id(tensor): tensor for tensor in shared})
     for child in subject.modules():
         child.training = False
-        if isinstance(child, (nn.modules.batchnorm._NormBase, nn.GroupNorm)):
-            for name in ("weight", "bias", "running_mean", "running_var"):
-                tensor = getattr(child, name, None)
-                if tensor is not None:
-                    low = -0.3 if name in ("bias", "running_mean") else 0.5
-                    tensor.copy_(low + torch.rand(tensor.shape, generator=generator).to(tensor))
+        is_norm = isinstance(child, (nn.modules.batchnorm._NormBase, nn.GroupNorm))
+        for name, tensor in [*child.named_parameters(recurse=False), *child.named_buffers(recurse=False)]:
+            if is_norm and name in ("weight", "bias", "running_mean", "running_var"):
+                low, width = (-0.3 if name in ("bias", "running_mean") else 0.5), 1.0
+            elif isinstance(tensor, nn.Parameter) and _is_almost_zero(tensor):
+                low, width = 0.1, (max(1, tensor[0].numel()) if tensor.ndim > 1 else 1) ** -0.5
+            else:
+                continue
+            noise = torch.rand(tensor.shape, generator=generator).to(tensor)
+            set_tensor(child, name, low + width * noise)
     return subject
+
+
+def _is_almost_zero(tensor: Tensor) -> bool:
+    # A sample is enough, and scanning the linear layers of a VGG is slow.
+    sample = tensor.reshape(-1)[:4096]
+    return sample.numel() > 0 and float(sample.abs().max()) < 1e-3

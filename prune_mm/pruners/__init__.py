@@ -1,0 +1,8 @@
+"""Who decides what to prune, and when: one file a method."""
+
+from prune_mm.pruners.base import ChannelPruner, Decision, Pruner
+from prune_mm.pruners.chex import CHEX
+from prune_mm.pruners.target import Target
+from prune_mm.pruners.uniform import UniformL1
+
+__all__ = ["CHEX", "ChannelPruner", "Decision", "Pruner", "Target", "UniformL1"]

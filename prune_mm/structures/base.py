@@ -31,12 +31,19 @@ class Structure(ABC):
     def cuts(self) -> list[tuple[str, int, Tensor]]:
         """What the compact form leaves out: ``(tensor name, axis, boolean vector of what stays)``."""
 
-    def rewrite(self, module: nn.Module) -> None:
-        """Whatever the compact form needs beyond its cuts, in place, after all cuts of the stage are made.
+    def within(self, others: dict[tuple[str, int], Tensor]) -> Structure:
+        """The structure to cut and rewrite with, given what the rest of its stage leaves of every tensor axis."""
+        return self
+
+    def check(self, module: nn.Module) -> None:
+        """Make sure before anything is cut that :meth:`rewrite` can work.
 
         Raises:
             ValueError: naming the module, when it is not the one the structure was made for.
         """
+
+    def rewrite(self, module: nn.Module) -> None:
+        """Whatever the compact form needs beyond its cuts, in place, after all cuts of the stage are made."""
 
     def reshape(self, shapes: dict[str, list[int]]) -> None:
         """Whatever :meth:`rewrite` changes about the sizes of weights, for exact MACs without building anything."""
@@ -69,14 +76,38 @@ def structure_from_dict(data: Any) -> Structure:
         ValueError: naming what is wrong with the data.
     """
     if not isinstance(data, dict):
-        raise ValueError(f"a structure must be a table, got {type(data).__name__}")
+        raise ValueError(f"damaged plan: a structure must be a table, got {type(data).__name__}")
     kind = data.get("type")
     if not isinstance(kind, str) or kind not in _STRUCTURES:
-        raise ValueError(f"unknown structure type {kind!r}; known: {', '.join(sorted(_STRUCTURES))}")
+        raise ValueError(f"damaged plan: unknown structure type {kind!r}; known: {', '.join(sorted(_STRUCTURES))}")
     try:
         return _STRUCTURES[kind].from_dict(data)
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"damaged {kind}: {error!r}") from error
+    except KeyError as error:
+        raise ValueError(f"damaged {kind} {str(data.get('name'))[:80]!r}: the key {error} is missing") from error
+    except TypeError as error:
+        raise ValueError(f"damaged {kind} {str(data.get('name'))[:80]!r}: {error}") from error
+
+
+def text(value: Any, what: str) -> str:
+    """Check a piece of text.
+
+    Raises:
+        ValueError: naming ``what``.
+    """
+    if not isinstance(value, str):
+        raise ValueError(f"{what} must be text, got {value!r:.80}")
+    return value
+
+
+def number(value: Any, low: int, high: int, what: str) -> int:
+    """Check an integer in ``low..high``.
+
+    Raises:
+        ValueError: naming ``what`` and the offending value.
+    """
+    if type(value) is not int or not low <= value <= high:
+        raise ValueError(f"{what} must be an integer in {low}..{high}, got {value!r:.80}")
+    return value
 
 
 def index_list(values: Any, length: int, what: str) -> tuple[int, ...]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from prune_mm.structures.base import Structure, index_list, register_structure
-from prune_mm.structures.rewrite import scatter_behind
+from prune_mm.structures.base import Structure, index_list, number, register_structure, text
+from prune_mm.structures.rewrite import check_cut, scatter_behind
 from prune_mm.structures.slots import MASKED_ROLES, Slot, along_axis, get_tensor
+
+#: Wider groups are taken for damage: a plan must not make its reader allocate without bound.
+MAX_CHANNELS = 1 << 24
 
 
 @register_structure
@@ -38,8 +41,7 @@ class ChannelSlice(Structure):
     @classmethod
     def from_mask(cls, name: str, mask: Tensor, slots: Iterable[Slot]) -> ChannelSlice:
         """From a boolean vector over the channels of the group."""
-        keep = tuple(torch.nonzero(mask.cpu()).flatten().tolist())
-        return cls(name, keep, mask.numel(), tuple(slots))
+        return cls(name, _indices(mask), mask.numel(), tuple(slots))
 
     @property
     def mask(self) -> Tensor:
@@ -54,12 +56,18 @@ class ChannelSlice(Structure):
         return [(slot.tensor, slot.axis, slot.kept(mask)) for slot in self.slots]
 
     def apply_mask(self, module: nn.Module) -> None:
-        """Zero the slots of dead channels in place."""
-        mask = self.mask
-        for slot in self.slots:
+        """Zero the slots of dead channels in place.
+
+        Raises:
+            ValueError: naming the tensor, when ``module`` is not the network the structure was made for.
+        """
+        cuts = self.cuts()
+        for name, axis, kept in cuts:
+            check_cut(module, name, {axis: kept})
+        for slot, (name, axis, kept) in zip(self.slots, cuts):
             if slot.role in MASKED_ROLES:
-                tensor = get_tensor(module, slot.tensor)
-                tensor.data.mul_(along_axis(slot.kept(mask).to(tensor), slot.axis, tensor.ndim))
+                tensor = get_tensor(module, name)
+                tensor.data.mul_(along_axis(kept.to(tensor), axis, tensor.ndim))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -74,11 +82,14 @@ class ChannelSlice(Structure):
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> ChannelSlice:
         """Read plain data back; see :meth:`Structure.from_dict`."""
-        channels = int(data["channels"])
-        keep = index_list(data["keep"], channels, f"{cls.kind} '{data['name']}': keep")
+        what = f"{cls.kind} '{text(data['name'], f'{cls.kind}: name')[:80]}'"
+        channels = number(data["channels"], 1, MAX_CHANNELS, f"{what}: channels")
+        keep = index_list(data["keep"], channels, f"{what}: keep")
         if not keep:
-            raise ValueError(f"{cls.kind} '{data['name']}': keep is empty, at least one channel must stay")
-        return cls(str(data["name"]), keep, channels, tuple(_slot_from_dict(s, channels) for s in data["slots"]))
+            raise ValueError(f"{what}: keep is empty, at least one channel must stay")
+        if not isinstance(data["slots"], list):
+            raise ValueError(f"{what}: slots must be a list")
+        return cls(data["name"], keep, channels, tuple(_slot_from_dict(s, channels, what) for s in data["slots"]))
 
 
 @register_structure
@@ -87,25 +98,50 @@ class ShortcutSlice(ChannelSlice):
     """Rows of a shortcut projection that stay; the residual sum keeps its width.
 
     Masked: the rows, bias and affine parameters of dead rows are zero.
-    Compact: a narrow projection and norm whose output is scattered into zeros of the full width.
+    Compact: a narrow projection and norm whose output is scattered into zeros of the full width. When the group of
+    the sum is cut in the same stage, the full width is what is left of the sum.
 
     Attributes:
         end: module behind which the width is restored.
+        sum_keep: channels of the residual sum that the rest of the stage leaves, None for all.
     """
 
     kind: ClassVar[str] = "ShortcutSlice"
     end: str = ""
+    sum_keep: tuple[int, ...] | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def from_shortcut(cls, name: str, mask: Tensor, slots: Iterable[Slot], end: str) -> ShortcutSlice:
         """From a boolean vector over the rows."""
-        keep = tuple(torch.nonzero(mask.cpu()).flatten().tolist())
-        return cls(name, keep, mask.numel(), tuple(slots), end)
+        return cls(name, _indices(mask), mask.numel(), tuple(slots), end)
+
+    def within(self, others: dict[tuple[str, int], Tensor]) -> ShortcutSlice:
+        """Rows whose channel leaves the sum go as well; when no row is left, one stays and is zero."""
+        row = self.slots[0]
+        alive = others.get((row.tensor, row.axis))
+        if alive is None or alive.numel() != self.channels:
+            return self
+        both = self.mask & alive
+        keep = both if bool(both.any()) else torch.arange(self.channels) == int(torch.nonzero(alive)[0])
+        return replace(self, keep=_indices(keep), sum_keep=_indices(alive))
+
+    def check(self, module: nn.Module) -> None:
+        """See :meth:`Structure.check`."""
+        try:
+            end = module.get_submodule(self.end)
+        except AttributeError as error:
+            raise ValueError(f"the network has no module '{self.end}' (end of shortcut '{self.name}')") from error
+        if next(end.parameters(), None) is None:
+            raise ValueError(f"'{self.end}' (end of shortcut '{self.name}') has no parameters")
+        if hasattr(end, "scatter_index"):
+            raise ValueError(f"the output of '{self.end}' is already scattered")
 
     def rewrite(self, module: nn.Module) -> None:
         """Restore the width behind ``end``."""
-        if len(self.keep) < self.channels:
-            scatter_behind(module, self.end, torch.tensor(self.keep), self.channels)
+        width = range(self.channels) if self.sum_keep is None else self.sum_keep
+        if len(self.keep) < len(width):
+            place = {channel: position for position, channel in enumerate(width)}
+            scatter_behind(module, self.end, torch.tensor([place[c] for c in self.keep]), len(width))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -115,7 +151,13 @@ class ShortcutSlice(ChannelSlice):
     def from_dict(cls, data: dict[str, Any]) -> ShortcutSlice:
         """Read plain data back; see :meth:`Structure.from_dict`."""
         base = ChannelSlice.from_dict(data)
-        return cls(base.name, base.keep, base.channels, base.slots, str(data["end"]))
+        if not base.slots:
+            raise ValueError(f"{cls.kind} '{base.name}': slots is empty")
+        return cls(base.name, base.keep, base.channels, base.slots, text(data["end"], f"{cls.kind} '{base.name}': end"))
+
+
+def _indices(mask: Tensor) -> tuple[int, ...]:
+    return tuple(torch.nonzero(mask.cpu()).flatten().tolist())
 
 
 def _slot_to_dict(slot: Slot, channels: int) -> dict[str, Any]:
@@ -125,15 +167,18 @@ def _slot_to_dict(slot: Slot, channels: int) -> dict[str, Any]:
     return data
 
 
-def _slot_from_dict(data: dict[str, Any], channels: int) -> Slot:
-    role = str(data["role"])
-    if role not in MASKED_ROLES | {"mean", "var"}:
-        raise ValueError(f"slot of '{data['tensor']}': unknown role '{role}'")
+def _slot_from_dict(data: Any, channels: int, what: str) -> Slot:
+    if not isinstance(data, dict):
+        raise ValueError(f"{what}: a slot must be a table, got {type(data).__name__}")
+    tensor = text(data["tensor"], f"{what}: tensor of a slot")
+    what = f"{what}: slot of '{tensor[:80]}'"
+    axis, role = number(data["axis"], 0, 7, f"{what}: axis"), data["role"]
+    if not isinstance(role, str) or role not in MASKED_ROLES | {"mean", "var"}:
+        raise ValueError(f"{what}: unknown role {role!r:.80}")
     listed = data.get("channels")
     if listed is None:
-        own = tuple(range(channels))
-    else:
-        own = tuple(int(c) for c in listed)
-        if any(c < -1 or c >= channels for c in own):
-            raise ValueError(f"slot of '{data['tensor']}': a channel lies outside -1..{channels - 1}")
-    return Slot(str(data["tensor"]), int(data["axis"]), own, role)  # type: ignore[arg-type]
+        return Slot(tensor, axis, tuple(range(channels)), role)  # type: ignore[arg-type]
+    if not isinstance(listed, list) or not listed:
+        raise ValueError(f"{what}: channels must be a list")
+    own = tuple(number(c, -1, channels - 1, f"{what}: channels") for c in listed)
+    return Slot(tensor, axis, own, role)  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from prune_mm.structures.base import Structure, structure_from_dict
-from prune_mm.structures.rewrite import cut_tensor
+from prune_mm.structures.rewrite import check_cut, cut_tensor
 
 FORMAT = "prune_mm.plan"
 VERSION = 1
@@ -43,11 +43,12 @@ class Plan:
         """Give ``model`` the masked form of the first stage, in place.
 
         Raises:
-            ValueError: for a plan of several stages; later ones refer to shapes a dense model does not have.
+            ValueError: for a plan of several stages (later ones refer to shapes a dense model does not have), and
+                naming the tensor when the model is not the one the plan was made for.
         """
         if len(self.stages) > 1:
             raise ValueError(f"only a plan of one stage has a masked form, this one has {len(self.stages)}")
-        for structure in self.stages[0]:
+        for structure in self.stages[0] if self.stages else ():
             structure.apply_mask(self.module(model))
 
     def compact(self, model: nn.Module) -> nn.Module:
@@ -62,12 +63,23 @@ class Plan:
         return model
 
     def shapes(self, dense: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-        """Shapes of the compact form's tensors from the dense ones (names relative to the scope)."""
+        """Shapes of the compact form's tensors from the dense ones (names relative to the scope).
+
+        Tensors of the plan that ``dense`` does not list are left out.
+
+        Raises:
+            ValueError: naming the tensor, when a size is not the one the plan was made for.
+        """
         shapes = {name: list(shape) for name, shape in dense.items()}
         for stage in self.stages:
+            stage = resolve(stage)
             for (name, axis), kept in merge_cuts(stage).items():
-                if name in shapes:
-                    shapes[name][axis] = int(kept.sum())
+                if name not in shapes:
+                    continue
+                if axis >= len(shapes[name]) or shapes[name][axis] != kept.numel():
+                    found = tuple(shapes[name])
+                    raise ValueError(f"'{name}' has shape {found}, the plan expects {kept.numel()} along axis {axis}")
+                shapes[name][axis] = int(kept.sum())
             for structure in stage:
                 structure.reshape(shapes)
         return {name: tuple(shape) for name, shape in shapes.items()}
@@ -91,12 +103,12 @@ class Plan:
         """
         try:
             data: Any = json.loads(text)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise ValueError(f"the plan is not valid JSON: {error}") from error
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ValueError(f"not a plan: the key 'format' must be '{FORMAT}'")
-        if data.get("version") != VERSION:
-            raise ValueError(f"the plan has version {data.get('version')!r}, this prune_mm reads version {VERSION}")
+        if type(data.get("version")) is not int or data["version"] != VERSION:
+            raise ValueError(f"the plan has version {data.get('version')!r:.80}, this prune_mm reads version {VERSION}")
         stages = data.get("stages")
         if not isinstance(stages, list) or not all(isinstance(stage, list) for stage in stages):
             raise ValueError("damaged plan: 'stages' must be a list of lists")
@@ -124,10 +136,33 @@ def merge_cuts(stage: Sequence[Structure]) -> dict[tuple[str, int], Tensor]:
     return merged
 
 
+def resolve(stage: Sequence[Structure]) -> tuple[Structure, ...]:
+    """The structures of a stage in the form they take beside each other; see :meth:`Structure.within`.
+
+    Raises:
+        ValueError: as :func:`merge_cuts`.
+    """
+    first = merge_cuts([structure for structure in stage if type(structure).within is Structure.within])
+    return tuple(structure.within(first) for structure in stage)
+
+
 def compact_stage(module: nn.Module, stage: Sequence[Structure]) -> None:
-    """Give ``module`` the compact form of one stage, in place."""
+    """Give ``module`` the compact form of one stage, in place.
+
+    Raises:
+        ValueError: naming the tensor or module, when ``module`` is not the one the stage was made for. It is
+            unchanged then.
+    """
+    stage = resolve(stage)
+    cuts: dict[str, dict[int, Tensor]] = {}
     for (name, axis), kept in merge_cuts(stage).items():
-        cut_tensor(module, name, axis, kept)
+        cuts.setdefault(name, {})[axis] = kept
+    for name, kept in cuts.items():
+        check_cut(module, name, kept)
+    for structure in stage:
+        structure.check(module)
+    for name, kept in cuts.items():
+        cut_tensor(module, name, kept)
     for structure in stage:
         structure.rewrite(module)
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -38,14 +40,18 @@ class Slot:
         """Dotted name of the module that owns the tensor (empty for the traced module itself)."""
         return self.tensor.rpartition(".")[0]
 
+    @cached_property
+    def _index(self) -> Tensor:
+        return torch.from_numpy(np.array(self.channels, dtype=np.int64))
+
     def kept(self, keep: Tensor) -> Tensor:
         """Boolean vector over the axis: which indices stay when only the channels in ``keep`` live.
 
         Args:
             keep: Boolean tensor with one entry per channel of the group.
         """
-        index = torch.tensor(self.channels, device=keep.device)
-        return torch.where(index < 0, torch.ones_like(index, dtype=torch.bool), keep[index.clamp(min=0)])
+        index = self._index.to(keep.device)
+        return keep[index.clamp(min=0)] | (index < 0)
 
 
 def get_tensor(root: nn.Module, name: str) -> Tensor:
@@ -59,12 +65,12 @@ def get_tensor(root: nn.Module, name: str) -> Tensor:
 
 
 def set_tensor(root: nn.Module, name: str, value: Tensor) -> None:
-    """Replace the parameter or buffer ``name`` by ``value``, keeping its kind and ``requires_grad``."""
+    """Replace the parameter or buffer ``name`` by ``value`` (not copied), keeping its kind and ``requires_grad``."""
     owner, _, attribute = name.rpartition(".")
     module = root.get_submodule(owner)
     old = getattr(module, attribute)
     if isinstance(old, nn.Parameter):
-        value = nn.Parameter(value.detach().clone(), requires_grad=old.requires_grad)
+        value = nn.Parameter(value.detach(), requires_grad=old.requires_grad)
     setattr(module, attribute, value)
 
 

@@ -1,0 +1,67 @@
+"""Is this checkpoint one of this model?"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+PRUNER_PREFIX = "pruner."
+
+
+def check_checkpoint(model: nn.Module, checkpoint: dict, name: str, whole: bool = False) -> None:
+    """Compare a checkpoint with a model before it is loaded.
+
+    Heads may differ (a COCO checkpoint fine-tuned on other classes); what is pruned may not.
+
+    Args:
+        model: prunable or compact model.
+        checkpoint: with the key ``state_dict``, or a bare state dict.
+        name: what to call the checkpoint in messages.
+        whole: every parameter must be there, not only those of the pruned scope.
+
+    Raises:
+        ValueError: one line naming the checkpoint, the first tensor that does not fit, and what was expected.
+    """
+    if checkpoint.get("format") == "prune_mm.compact" and hasattr(model, "pruner"):
+        raise ValueError(f"{name} is a compact artifact; load it through type='prune_mm.CompactModel', not here")
+    state = state_dict_of(checkpoint)
+    scope = getattr(model, "prune_scope", "")
+    needed = {
+        key: tensor
+        for key, tensor in model.state_dict().items()
+        if not key.startswith(PRUNER_PREFIX) and (whole or not scope or key.startswith(f"{scope}."))
+    }
+    missing = [key for key in needed if key not in state and not key.endswith("num_batches_tracked")]
+    if missing:
+        raise ValueError(
+            f"{name} is not a checkpoint of this {type(model).__name__}: it lacks '{missing[0]}' "
+            f"and {len(missing) - 1} more of {len(needed)} tensors"
+        )
+    for key, tensor in needed.items():
+        if key in state and state[key].shape != tensor.shape:
+            raise ValueError(
+                f"{name} is not a checkpoint of this {type(model).__name__}: '{key}' has shape "
+                f"{tuple(state[key].shape)}, the model needs {tuple(tensor.shape)}"
+            )
+
+
+def state_dict_of(checkpoint: dict) -> dict[str, Tensor]:
+    """The state dict of a checkpoint, without wrapper prefixes.
+
+    Raises:
+        ValueError: when there is none.
+    """
+    state: Any = checkpoint.get("state_dict", checkpoint)
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        raise ValueError("the file holds no state dict")
+    return {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)}
+
+
+def strip_pruner(checkpoint: dict) -> int:
+    """Drop pruning decisions from a checkpoint, in place; returns how many tensors went."""
+    state = checkpoint.get("state_dict", checkpoint)
+    keys = [key for key in state if key.startswith(PRUNER_PREFIX)]
+    for key in keys:
+        del state[key]
+    return len(keys)

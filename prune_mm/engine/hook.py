@@ -1,0 +1,183 @@
+"""PruningHook: lets the pruner live in an MMEngine run."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from mmengine.hooks import EMAHook, Hook
+from mmengine.logging import print_log
+from mmengine.optim import OptimWrapperDict
+from mmengine.runner import BaseLoop, EpochBasedTrainLoop, Runner
+from torch import Tensor, nn
+
+from prune_mm.engine.agreement import check_agreement, decided_on_rank_0
+from prune_mm.engine.checkpoint import check_checkpoint, strip_pruner
+from prune_mm.engine.features import collect_spatial_information
+from prune_mm.engine.prunable import pruned_module, unwrapped
+from prune_mm.engine.randomness import make_reproducible, seed_everything
+from prune_mm.pruners import Pruner
+from prune_mm.registry import HOOKS
+
+
+@HOOKS.register_module()
+class PruningHook(Hook):
+    """Calls the pruner at the right moments, and keeps masks true under EMA, AMP, accumulation and resume.
+
+    Args:
+        reproducible: seed every sample and every iteration by its number, so that a resumed run takes the same
+            decisions as an uninterrupted one.
+    """
+
+    # After EMAHook (NORMAL), whose averages are masked; before CheckpointHook (VERY_LOW), which saves them.
+    priority = "BELOW_NORMAL"
+
+    def __init__(self, reproducible: bool = True) -> None:
+        """See the class."""
+        self.reproducible = reproducible
+        self._optimizer_hooks: list[Any] = []
+
+    # -- before anything is trained -------------------------------------------------------------------------------
+
+    def before_run(self, runner: Runner) -> None:
+        """Check the schedule against the length of the training."""
+        model = unwrapped(runner.model)
+        pruned_module(model)
+        # In a test run the training loop stays a config, and building it would load the training data.
+        if not isinstance(runner._train_loop, BaseLoop):
+            return
+        by_epoch = isinstance(runner.train_loop, EpochBasedTrainLoop)
+        self.pruner(runner).set_schedule(runner.max_epochs if by_epoch else None, runner.max_iters)
+
+    def after_load_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Refuse checkpoints of other architectures before they are half loaded."""
+        model = unwrapped(runner.model)
+        check_checkpoint(model, checkpoint, runner._load_from or "the checkpoint", whole=runner._resume)
+        if not runner._resume and isinstance(runner._train_loop, BaseLoop):
+            removed = strip_pruner(checkpoint)
+            if removed:
+                print_log("the checkpoint holds pruning decisions; a new run starts its own exploration", "current")
+
+    def before_train(self, runner: Runner) -> None:
+        """Start the pruner on the loaded weights, or go on where a resumed run stopped."""
+        pruner, module = self.pruner(runner), pruned_module(unwrapped(runner.model))
+        if not bool(pruner.started):
+            decision = decided_on_rank_0(lambda: pruner.start(module))
+            self._commit(runner, decision, step=0)
+            pruner.started.fill_(True)
+        else:
+            pruner.mask(module)
+            check_agreement(pruner, step=int(pruner.last_update))
+        self._mask_averages(runner)
+        self._watch_optimizer(runner, pruner, module)
+        if self.reproducible:
+            make_reproducible(runner.train_dataloader, self._seed(runner))
+        self._log(runner)
+        print_log(f"pruning {type(pruner).__name__} to {getattr(pruner, 'target', '')}: {self._summary(runner)}", "current")
+
+    # -- while training ---------------------------------------------------------------------------------------
+
+    def before_train_epoch(self, runner: Runner) -> None:
+        """Update by epoch."""
+        if self.pruner(runner).by_epoch:
+            self._update_if_due(runner, runner.epoch)
+
+    def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
+        """Update by iteration, and seed the iteration."""
+        if not self.pruner(runner).by_epoch:
+            self._update_if_due(runner, runner.iter)
+        if self.reproducible:
+            seed_everything(self._seed(runner), 2, runner.iter, runner.rank)
+        self._log(runner)
+
+    def after_train_iter(
+        self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
+    ) -> None:
+        """Mask the averaged models, whose averages mix channels that lived at different times."""
+        self._mask_averages(runner)
+
+    def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
+        """Note in the checkpoint what it is, for the export and for people."""
+        model = unwrapped(runner.model)
+        checkpoint.setdefault("meta", {})["prune_mm"] = {
+            "scope": model.prune_scope,
+            "pruner": type(model.pruner).__name__,
+            **{key: float(value) for key, value in model.pruner.status().items()},
+        }
+
+    def after_train(self, runner: Runner) -> None:
+        """Finish, and say that what was saved is still of dense size."""
+        pruner, module = self.pruner(runner), pruned_module(unwrapped(runner.model))
+        pruner.finish(module)
+        for handle in self._optimizer_hooks:
+            handle.remove()
+        self._optimizer_hooks.clear()
+        print_log(
+            f"{self._summary(runner)}; checkpoints hold masks at dense size: run tools/export.py for the small model",
+            "current",
+        )
+
+    # -- parts ------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def pruner(runner: Runner) -> Pruner:
+        """The pruner of the run."""
+        return unwrapped(runner.model).pruner
+
+    def _update_if_due(self, runner: Runner, step: int) -> None:
+        pruner, model = self.pruner(runner), unwrapped(runner.model)
+        if not pruner.due(step) or int(pruner.last_update) == step:
+            return
+        module = pruned_module(model)
+        decision = decided_on_rank_0(lambda: pruner.decide(module, step, self._features(runner, model)))
+        self._commit(runner, decision, step)
+        pruner.updates += 1
+        pruner.last_update.fill_(step)
+        print_log(f"{type(pruner).__name__} update {int(pruner.updates)} at step {step}: {self._summary(runner)}", "current")
+
+    def _commit(self, runner: Runner, decision: dict[str, Tensor], step: int) -> None:
+        model = unwrapped(runner.model)
+        model.pruner.commit(pruned_module(model), decision, step)
+        check_agreement(model.pruner, step)
+
+    def _features(self, runner: Runner, model: nn.Module) -> dict[str, Tensor] | None:
+        """Feature maps from a loader of its own, so that the training loader loses no batch."""
+        batches = model.pruner.feature_batches
+        if not batches:
+            return None
+        config = copy.deepcopy(runner.cfg.train_dataloader)
+        config.update(num_workers=0, persistent_workers=False)
+        config.pop("prefetch_factor", None)
+        loader = runner.build_dataloader(config, seed=self._seed(runner))
+        make_reproducible(loader, self._seed(runner))
+        return collect_spatial_information(model, loader, batches)
+
+    def _watch_optimizer(self, runner: Runner, pruner: Pruner, module: nn.Module) -> None:
+        """Hook real optimizer steps: they happen after clipping and unscaling, once per accumulated batch."""
+        wrapper = runner.optim_wrapper
+        wrappers = list(wrapper.values()) if isinstance(wrapper, OptimWrapperDict) else [wrapper]
+        for item in wrappers:
+            optimizer = item.optimizer
+            self._optimizer_hooks += [
+                optimizer.register_step_pre_hook(lambda *_: pruner.before_step(module)),
+                optimizer.register_step_post_hook(lambda *_: pruner.after_step(module)),
+            ]
+
+    def _mask_averages(self, runner: Runner) -> None:
+        pruner = self.pruner(runner)
+        for hook in runner.hooks:
+            if isinstance(hook, EMAHook) and hasattr(hook, "ema_model"):
+                average = hook.ema_model.module
+                average.pruner.load_state_from(pruner)
+                average.pruner.mask(pruned_module(average))
+
+    def _log(self, runner: Runner) -> None:
+        for name, value in self.pruner(runner).status().items():
+            runner.message_hub.update_scalar(f"train/{name}", value)
+
+    def _summary(self, runner: Runner) -> str:
+        return ", ".join(f"{name.replace('_', ' ')} {value:.1%}" for name, value in self.pruner(runner).status().items())
+
+    @staticmethod
+    def _seed(runner: Runner) -> int:
+        return int(runner.seed or 0)

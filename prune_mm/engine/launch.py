@@ -1,0 +1,117 @@
+"""What the command-line tools share: reading configs, checking data, and errors in one line."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config, DictAction
+
+_HINTS = {
+    "CocoDataset": (
+        "COCO 2017: get train2017.zip, val2017.zip and annotations_trainval2017.zip from cocodataset.org/#download "
+        "and unpack them in {root}"
+    ),
+    "ImageNet": "ImageNet: get ILSVRC 2012 from image-net.org and unpack it as {root}/train/<class>/ and {root}/val/",
+}
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options every OpenMMLab tool has."""
+    parser.add_argument("config", help="config file")
+    parser.add_argument("--work-dir", help="where logs and checkpoints go (default: work_dirs/<config name>)")
+    parser.add_argument(
+        "--cfg-options", nargs="+", action=DictAction, help="override settings of the config, key=value; nested keys a.b=c"
+    )
+    parser.add_argument("--launcher", choices=["none", "pytorch", "slurm", "mpi"], default="none", help="job launcher")
+    # torch.distributed.launch passes --local-rank; torchrun sets the environment variable.
+    parser.add_argument("--local_rank", "--local-rank", type=int, default=0, help=argparse.SUPPRESS)
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """Read the config and apply the common options.
+
+    Raises:
+        FileNotFoundError: when there is no such config.
+    """
+    if not Path(args.config).is_file():
+        raise FileNotFoundError(f"no config at '{args.config}'")
+    os.environ.setdefault("LOCAL_RANK", str(args.local_rank))
+    config = Config.fromfile(args.config)
+    config.launcher = args.launcher
+    if args.cfg_options is not None:
+        config.merge_from_dict(args.cfg_options)
+    if args.work_dir is not None:
+        config.work_dir = args.work_dir
+    elif config.get("work_dir") is None:
+        config.work_dir = os.path.join("work_dirs", Path(args.config).stem)
+    return config
+
+
+def check_data(config: Config, *loaders: str) -> None:
+    """Look for the files the dataloaders will read.
+
+    Raises:
+        FileNotFoundError: one line: what is missing, where it was looked for, and how to get it.
+    """
+    for name in loaders:
+        for dataset in _dataset_nodes(config.get(name)):
+            for path in _paths_of(dataset):
+                if not os.path.exists(path):
+                    kind = str(dataset.get("type", "")).rpartition(".")[2]
+                    root = str(dataset.get("data_root") or "") or os.path.dirname(path)
+                    hint = _HINTS.get(kind, "put it there").format(root=root.rstrip("/"))
+                    raise FileNotFoundError(
+                        f"{name}: '{path}' is missing (looked in '{os.path.abspath(path)}'). {hint}; "
+                        f"or point elsewhere with --cfg-options {name}.dataset.data_root=DIR"
+                    )
+
+
+def _dataset_nodes(node: Any) -> Iterator[dict]:
+    if isinstance(node, dict):
+        if node.get("data_root") or node.get("ann_file"):
+            yield node
+        for value in node.values():
+            yield from _dataset_nodes(value)
+    elif isinstance(node, (list, tuple)):
+        for value in node:
+            yield from _dataset_nodes(value)
+
+
+def _paths_of(dataset: dict) -> list[str]:
+    """Files and folders a dataset config names; datasets of prune_mm make what they need."""
+    if str(dataset.get("type", "")).startswith("prune_mm."):
+        return []
+    root = dataset.get("data_root") or ""
+    prefix = dataset.get("data_prefix")
+    named = [dataset.get("ann_file"), *(prefix.values() if isinstance(prefix, dict) else [prefix])]
+    if dataset.get("split"):
+        named.append(str(dataset["split"]))
+    paths = [os.path.join(root, path) for path in named if isinstance(path, str) and path and "://" not in path]
+    return paths or ([root] if root and "://" not in root else [])
+
+
+def run_tool(main: Callable[[], Any]) -> None:
+    """Run a tool; what the user did wrong is told in one line, without a traceback (exit status 2).
+
+    Set PRUNE_MM_TRACEBACK=1 to see where it was raised.
+    """
+    try:
+        main()
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
+        if os.environ.get("PRUNE_MM_TRACEBACK") or not _raised_here(error):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _raised_here(error: BaseException) -> bool:
+    """Whether the innermost frame is this package's: then the message was written for the user."""
+    frames = traceback.extract_tb(error.__traceback__)
+    package = str(Path(__file__).resolve().parents[1])
+    return bool(frames) and os.path.abspath(frames[-1].filename).startswith(package)

@@ -1,0 +1,106 @@
+"""``compact.pth``: weights of a compact network and the plan that rebuilds it. Data only, no pickled classes."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prune_mm.structures import Plan
+
+FORMAT = "prune_mm.compact"
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class CompactFile:
+    """What ``compact.pth`` holds.
+
+    Attributes:
+        plan: how the dense network becomes the compact one.
+        state_dict: tensors of the compact network, under the dense network's names.
+        meta: plain data; ``dataset_meta`` has the classes and palette that inferencers need.
+    """
+
+    plan: Plan
+    state_dict: dict[str, Tensor]
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the file at once or not at all."""
+        data = {
+            "format": FORMAT,
+            "version": VERSION,
+            "plan": self.plan.to_json(),
+            "state_dict": {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict.items()},
+            "meta": self.meta,
+        }
+        write_atomically(Path(path), lambda temporary: torch.save(data, temporary))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> CompactFile:
+        """Read the file with ``weights_only=True``.
+
+        Raises:
+            FileNotFoundError: when there is no such file.
+            ValueError: one line naming the file and what is wrong with it.
+        """
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"no compact artifact at '{path}'; tools/export.py writes one")
+        try:
+            data = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch.load has no common error for damaged files
+            reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+            raise ValueError(f"'{path}' is damaged or not a compact artifact: {reason}") from error
+        if not isinstance(data, dict) or data.get("format") != FORMAT:
+            raise ValueError(f"'{path}' is not a compact artifact (it holds no format '{FORMAT}')")
+        if data.get("version") != VERSION:
+            raise ValueError(f"'{path}' has version {data.get('version')!r}, this prune_mm reads version {VERSION}")
+        state, meta = data.get("state_dict"), data.get("meta")
+        if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+            raise ValueError(f"'{path}' is damaged: 'state_dict' must hold tensors")
+        if not isinstance(data.get("plan"), str) or not isinstance(meta, dict):
+            raise ValueError(f"'{path}' is damaged: 'plan' must be text and 'meta' a table")
+        try:
+            return cls(Plan.from_json(data["plan"]), state, meta)
+        except ValueError as error:
+            raise ValueError(f"'{path}': {error}") from error
+
+
+def load_into(model: nn.Module, state: dict[str, Tensor], path: str | os.PathLike) -> None:
+    """Load a state dict that must fit exactly.
+
+    Raises:
+        ValueError: one line naming the file and the first tensor that does not fit.
+    """
+    own = model.state_dict()
+    for name in [*own, *state]:
+        if name not in state or name not in own:
+            where = "the file" if name not in state else f"the {type(model).__name__} of this config"
+            raise ValueError(f"'{path}' does not fit its config: {where} has no tensor '{name}'")
+        if own[name].shape != state[name].shape:
+            raise ValueError(
+                f"'{path}' does not fit its config: '{name}' has shape {tuple(state[name].shape)}, "
+                f"the plan makes {tuple(own[name].shape)}"
+            )
+    model.load_state_dict(state)
+
+
+def write_atomically(path: Path, write: Callable[[str], Any]) -> None:
+    """Let ``write`` fill a temporary file beside ``path``, then rename it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    try:
+        write(temporary)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

@@ -1,0 +1,290 @@
+"""The life of a pruner."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prune_mm.allocation import fit_to_budget, round_channels, uniform_keep
+from prune_mm.graph import ChannelGraph
+from prune_mm.pruners.target import Target
+from prune_mm.pruners.units import CostModel, Unit, select_units
+from prune_mm.structures import Structure
+from prune_mm.structures.slots import MASKED_ROLES, along_axis, get_tensor
+
+#: One flat tensor per decision, so that the engine can broadcast and digest it without knowing the method.
+Decision = dict[str, Tensor]
+
+
+class Pruner(nn.Module):
+    """Decides what to prune, and when; holds its decisions as persistent buffers.
+
+    The engine calls, in this order: :meth:`prepare` when the model is built; :meth:`set_schedule` when the length of
+    the training is known; :meth:`start` once weights are loaded, unless the run is resumed; :meth:`before_step` and
+    :meth:`after_step` around each real optimizer step; whenever :meth:`due` says so, :meth:`decide` on rank 0 and
+    :meth:`commit` of what it returned on every rank; :meth:`finish` at the end.
+
+    A pruner never holds the network: the module in its scope is handed to it each time.
+    """
+
+    #: Whether :meth:`decide` wants feature maps (``features``) of this many training batches; 0: none.
+    feature_batches: int = 0
+    by_epoch: bool = True
+
+    def __init__(self) -> None:
+        """State every pruner has."""
+        super().__init__()
+        self.register_buffer("started", torch.tensor(False))
+        self.register_buffer("updates", torch.tensor(0))
+        self.register_buffer("last_update", torch.tensor(-1))
+
+    @abstractmethod
+    def prepare(
+        self, module: nn.Module, graph: ChannelGraph, shapes: dict[str, tuple[int, ...]], positions: dict[str, int]
+    ) -> None:
+        """Choose what to decide about, and register the buffers for it.
+
+        Raises:
+            ValueError: when nothing is prunable or the target is out of reach.
+        """
+
+    def set_schedule(self, epochs: int | None, iterations: int) -> None:
+        """Learn the length of the training.
+
+        Raises:
+            ValueError: when the schedule does not fit into it.
+        """
+
+    @abstractmethod
+    def start(self, module: nn.Module) -> Decision:
+        """The first decision, from the weights as loaded."""
+
+    def due(self, step: int) -> bool:
+        """Whether an update is due before ``step`` (an epoch or an iteration, 0-based, see ``by_epoch``)."""
+        return False
+
+    def decide(self, module: nn.Module, step: int, features: dict[str, Tensor] | None = None) -> Decision:
+        """The decision of the update before ``step``; a function of state, weights, seed and update."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def commit(self, module: nn.Module, decision: Decision, step: int) -> None:
+        """Take over a decision: state and weights."""
+
+    def before_step(self, module: nn.Module) -> None:
+        """Called before each real optimizer step, after gradients are unscaled and clipped."""
+
+    @abstractmethod
+    def after_step(self, module: nn.Module) -> None:
+        """Called after each real optimizer step."""
+
+    def finish(self, module: nn.Module) -> None:
+        """Called once when the training has ended."""
+
+    @abstractmethod
+    def mask(self, module: nn.Module) -> None:
+        """Give ``module`` (the scope, or an averaged copy of it) the masked form."""
+
+    @abstractmethod
+    def structures(self) -> list[Structure]:
+        """The present decision, as structures of one stage."""
+
+    @abstractmethod
+    def status(self) -> dict[str, float]:
+        """Figures for the log: name to number."""
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        # A dense checkpoint has none of our keys, and that is fine: the pruner starts afresh.
+        if any(key.startswith(prefix) for key in state_dict):
+            super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class TensorBank(nn.Module):
+    """Tensors by dotted name, as persistent buffers (whose names may not hold dots)."""
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        """Store or overwrite."""
+        key = name.replace(".", "/")
+        if key in self._buffers:
+            self._buffers[key].copy_(tensor)
+        else:
+            self.register_buffer(key, tensor.detach().clone())
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The tensor ``name``."""
+        return self._buffers[name.replace(".", "/")]
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        """Names and tensors."""
+        for key, tensor in self._buffers.items():
+            yield key.replace("/", "."), tensor
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
+        if any(key.startswith(prefix) for key in state_dict):
+            super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class ChannelPruner(Pruner):
+    """A pruner whose decisions are boolean masks over units of channels.
+
+    Args:
+        target: budget of the scope, e.g. ``dict(macs=0.5)``; see :class:`~prune_mm.pruners.target.Target`.
+        min_channels: smallest width any layer may get.
+        round_to: widths become multiples of this (hardware likes 8); 1: exact published counts.
+        prune_shortcuts: also zero rows of shortcut projections.
+        prune_stem: also prune the layer that reads the image.
+        prune_coupled: also prune channels that residual adds tie across blocks.
+        ignore: regular expressions of layer names that stay dense.
+        seed: seed of every random choice.
+
+    Raises:
+        ValueError: naming the argument and what would be right.
+    """
+
+    def __init__(
+        self,
+        target: dict | Target,
+        min_channels: int = 1,
+        round_to: int = 8,
+        prune_shortcuts: bool = True,
+        prune_stem: bool = False,
+        prune_coupled: bool = False,
+        ignore: Sequence[str] = (),
+        seed: int = 0,
+    ) -> None:
+        """See the class."""
+        super().__init__()
+        self.target = Target.parse(target)
+        check_at_least("min_channels", min_channels, 1)
+        check_at_least("round_to", round_to, 1)
+        self.min_channels, self.round_to, self.seed = min_channels, round_to, seed
+        self._select = {"shortcuts": prune_shortcuts, "stem": prune_stem, "coupled": prune_coupled, "ignore": ignore}
+        self.masks = TensorBank()
+        self.units: list[Unit] = []
+        self._vectors: list[tuple[str, Tensor]] | None = None
+
+    def prepare(
+        self, module: nn.Module, graph: ChannelGraph, shapes: dict[str, tuple[int, ...]], positions: dict[str, int]
+    ) -> None:
+        """Select units, register masks, and check that the target can be met."""
+        self.units = select_units(graph, **self._select)
+        self.cost = CostModel(shapes, positions, self.units)
+        for unit in self.units:
+            self.masks.put(unit.name, torch.ones(unit.channels, dtype=torch.bool))
+        self.uniform_sparsity()
+
+    # -- counts -----------------------------------------------------------------------------------------------
+
+    @property
+    def widths(self) -> list[int]:
+        """Dense number of channels per unit."""
+        return [unit.channels for unit in self.units]
+
+    def rounded(self, counts: Iterable[int]) -> list[int]:
+        """Counts that respect ``round_to`` and ``min_channels``."""
+        return [
+            round_channels(count, width, self.round_to, min(self.min_channels, width))
+            for count, width in zip(counts, self.widths)
+        ]
+
+    def fit(self, counts_at: Any) -> tuple[float, list[int]]:
+        """Smallest channel sparsity whose rounded counts meet the target, and those counts.
+
+        Args:
+            counts_at: kept counts at a channel sparsity in [0, 1).
+
+        Raises:
+            ValueError: when the target is out of reach, with what can be reached.
+        """
+        kind, dense = self.target.kind, self.cost.dense(self.target.kind)
+
+        def at(sparsity: float) -> list[int]:
+            return self.widths if sparsity == 0.0 else self.rounded(counts_at(sparsity))
+
+        try:
+            return fit_to_budget(lambda counts: self.cost.of(kind, counts), at, self.target.budget(dense))
+        except ValueError as error:
+            least = self.cost.of(kind, self.rounded([0] * len(self.units)))
+            raise ValueError(
+                f"target {self.target} is out of reach: with min_channels={self.min_channels}, "
+                f"round_to={self.round_to} the scope cannot be smaller than {least / dense:.1%} of its {kind}"
+            ) from error
+
+    def uniform_sparsity(self) -> float:
+        """Channel sparsity at which pruning every unit by the same share meets the target."""
+        if self.target.kind == "channels" and isinstance(self.target.value, float):
+            return 1.0 - self.target.value
+        return self.fit(lambda sparsity: uniform_keep(self.widths, sparsity))[0]
+
+    # -- masks ------------------------------------------------------------------------------------------------
+
+    def counts(self) -> list[int]:
+        """Live channels per unit."""
+        return [int(self.masks[unit.name].sum()) for unit in self.units]
+
+    def set_masks(self, decision: Decision) -> None:
+        """Take over the masks of a decision."""
+        for unit in self.units:
+            self.masks.put(unit.name, decision[unit.name].to(self.masks[unit.name].device))
+        self._vectors = None
+
+    def after_step(self, module: nn.Module) -> None:
+        """Mask again what the optimizer moved."""
+        self.mask(module)
+
+    @torch.no_grad()
+    def mask(self, module: nn.Module) -> None:
+        """Zero every slot of dead channels."""
+        device = next(module.parameters()).device
+        if self._vectors is None or (self._vectors and self._vectors[0][1].device != device):
+            self._vectors = list(self._mask_vectors(module, device))
+        for name, vector in self._vectors:
+            get_tensor(module, name).mul_(vector)
+
+    def _mask_vectors(self, module: nn.Module, device: torch.device) -> Iterator[tuple[str, Tensor]]:
+        for unit in self.units:
+            keep = self.masks[unit.name].cpu()
+            for slot in unit.slots:
+                if slot.role in MASKED_ROLES and not bool(keep.all()):
+                    tensor = get_tensor(module, slot.tensor)
+                    yield slot.tensor, along_axis(slot.kept(keep).to(device, tensor.dtype), slot.axis, tensor.ndim)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._vectors = None
+
+    def load_state_from(self, other: Pruner) -> None:
+        """Copy the state of another pruner of the same network (an averaged model's copy follows its source)."""
+        for mine, theirs in zip(self.buffers(), other.buffers()):
+            mine.copy_(theirs)
+        self._vectors = None
+
+    def structures(self) -> list[Structure]:
+        """One slice per unit that lost channels."""
+        pairs = [(unit, self.masks[unit.name].cpu()) for unit in self.units]
+        return [unit.structure(mask) for unit, mask in pairs if not bool(mask.all())]
+
+    def status(self) -> dict[str, float]:
+        """Shares of channels and MACs that live now."""
+        counts = self.counts()
+        return {
+            "live_channels": sum(counts) / self.cost.dense_channels,
+            "macs": self.cost.macs(counts) / max(self.cost.dense_macs, 1),
+        }
+
+
+def check_at_least(name: str, value: Any, least: float) -> None:
+    """Raise ValueError naming the argument when ``value`` is no number of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least:
+        raise ValueError(f"{name}={value!r} must be a number of at least {least}")
+
+
+def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
+    """Raise ValueError naming the argument and the choices."""
+    choices = list(choices)
+    if value not in choices:
+        raise ValueError(f"{name}={value!r} must be one of {', '.join(choices)}")

@@ -1,0 +1,58 @@
+"""Budgets: how small the pruned scope must become."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+KINDS = ("macs", "params", "channels")
+_UNITS = {"": 1, "k": 10**3, "M": 10**6, "G": 10**9}
+
+
+@dataclass(frozen=True)
+class Target:
+    """A budget for the scope that is pruned.
+
+    Attributes:
+        kind: ``macs`` (multiply-adds of one image), ``params``, or ``channels`` (of the prunable layers).
+        value: a share of the dense scope in (0, 1], or an absolute number (an int, or text such as ``'2.05G'``).
+    """
+
+    kind: str
+    value: float | int
+
+    @classmethod
+    def parse(cls, given: Any) -> Target:
+        """Read ``dict(macs=0.5)`` and its relatives.
+
+        Raises:
+            ValueError: naming the value and what would be right.
+        """
+        if isinstance(given, cls):
+            return given
+        if not isinstance(given, dict) or len(given) != 1 or next(iter(given)) not in KINDS:
+            raise ValueError(f"target must be a dict with one of the keys {', '.join(KINDS)}, got {given!r}")
+        kind, value = next(iter(given.items()))
+        if isinstance(value, str):
+            match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMG]?)\s*", value)
+            if match is None:
+                raise ValueError(f"target {kind}={value!r} is not a number such as '2.05G' or '900M'")
+            return cls(kind, round(float(match[1]) * _UNITS[match[2]]))
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"target {kind}={value!r} must be a number")
+        if isinstance(value, float) and not 0.0 < value <= 1.0:
+            raise ValueError(
+                f"target {kind}={value!r} must be a share in (0, 1]; write an absolute budget as an int or '2.05G'"
+            )
+        if value <= 0:
+            raise ValueError(f"target {kind}={value!r} must be positive")
+        return cls(kind, 1.0 if value == 1 else value)
+
+    def budget(self, dense: int) -> float:
+        """The budget in the unit of ``dense``, the cost of the dense scope."""
+        return self.value * dense if isinstance(self.value, float) else float(self.value)
+
+    def __str__(self) -> str:
+        """As in a sentence."""
+        return f"{self.value:.1%} of the {self.kind}" if isinstance(self.value, float) else f"{self.value} {self.kind}"

@@ -1,0 +1,161 @@
+"""What a channel pruner decides about: units of channels, and what any choice of counts costs."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from prune_mm.graph import ChannelGraph
+from prune_mm.structures import ChannelSlice, ShortcutSlice, Slot
+from prune_mm.structures.slots import get_tensor
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A group of channels, or the rows of a shortcut projection, with the layer that is ranked.
+
+    Attributes:
+        name: the layer that makes the channels.
+        channels: number of channels.
+        slots: every place to mask and to cut.
+        end: for a shortcut projection the module behind which the width is restored, else None.
+    """
+
+    name: str
+    channels: int
+    slots: tuple[Slot, ...]
+    end: str | None = None
+
+    def structure(self, mask: Tensor) -> ChannelSlice:
+        """The decision ``mask`` (boolean, one per channel) as a structure."""
+        if self.end is None:
+            return ChannelSlice.from_mask(self.name, mask, self.slots)
+        return ShortcutSlice.from_shortcut(self.name, mask, self.slots, self.end)
+
+    def rows(self, tensors: dict[str, Tensor] | nn.Module) -> Tensor:
+        """Weights that make the channels, ``(channels, elements per channel)``.
+
+        In a grouped convolution the rows at the same offset of every group are one channel.
+        """
+        slot = next(s for s in self.slots if s.role == "out")
+        weight = _lookup(tensors, slot.tensor).detach()
+        return _per_channel(weight.movedim(slot.axis, 0).flatten(1), slot, self.channels)
+
+    def gamma(self, module: nn.Module, instead: dict[str, Tensor] | None = None) -> Tensor | None:
+        """|scale| of the norm behind the layer, ``(channels,)``, or None when no norm follows.
+
+        Args:
+            module: the scope.
+            instead: tensors by name to read rather than the module's.
+        """
+        slot = next((s for s in self.slots if s.role == "scale"), None)
+        if slot is None:
+            return None
+        scale = _lookup(module if instead is None else instead, slot.tensor).detach().abs().float().reshape(-1, 1)
+        return _per_channel(scale, slot, self.channels).mean(dim=1)
+
+
+def _lookup(tensors: dict[str, Tensor] | nn.Module, name: str) -> Tensor:
+    return get_tensor(tensors, name) if isinstance(tensors, nn.Module) else tensors[name]
+
+
+def _per_channel(rows: Tensor, slot: Slot, channels: int) -> Tensor:
+    """Gather ``rows (axis length, d)`` into ``(channels, copies * d)``."""
+    if slot.channels == tuple(range(channels)):
+        return rows
+    own = torch.tensor(slot.channels)
+    chosen = torch.nonzero(own >= 0).flatten()
+    order = chosen[torch.argsort(own[chosen], stable=True)]
+    return rows[order.to(rows.device)].reshape(channels, -1)
+
+
+def select_units(
+    graph: ChannelGraph,
+    shortcuts: bool = True,
+    stem: bool = False,
+    coupled: bool = False,
+    ignore: Sequence[str] = (),
+) -> list[Unit]:
+    """Units a channel pruner may decide about, in order of execution.
+
+    Args:
+        graph: the traced scope.
+        shortcuts: include the rows of shortcut projections.
+        stem: include the layer that reads the image.
+        coupled: include groups that residual adds tie across blocks.
+        ignore: regular expressions; a unit whose layer name one of them matches (from its start) is left out.
+
+    Raises:
+        ValueError: when an expression matches nothing, or when nothing is left, with the reasons.
+    """
+    units = [
+        Unit(group.name, group.channels, group.slots)
+        for group in graph.prunable
+        if (stem or not group.stem) and (coupled or not group.coupled)
+    ]
+    whole = {producer for group in graph.prunable if coupled and group.coupled for producer in group.producers}
+    if shortcuts:
+        units += [Unit(s.layer, s.channels, s.slots, s.end) for s in graph.shortcuts if s.layer not in whole]
+    for pattern in ignore:
+        if not any(re.match(pattern, unit.name) for unit in units):
+            names = ", ".join(unit.name for unit in units[:5])
+            raise ValueError(f"ignore pattern '{pattern}' matches no prunable layer; there are: {names}, ...")
+    units = [unit for unit in units if not any(re.match(pattern, unit.name) for pattern in ignore)]
+    if not units:
+        reasons = "; ".join(graph.why_not()[:8]) or "no convolution or linear layer was found"
+        raise ValueError(f"nothing is prunable: {reasons}")
+    order = {name: index for index, name in enumerate(graph.weights)}
+    return sorted(units, key=lambda unit: min(order.get(s.tensor, len(order)) for s in unit.slots if s.role == "out"))
+
+
+class CostModel:
+    """Exact MACs and parameters of a scope for any kept counts, without building anything.
+
+    Args:
+        shapes: shape of every parameter of the scope.
+        positions: per conv and linear weight the output positions of one forward of one image.
+        units: the units that counts refer to.
+    """
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], positions: dict[str, int], units: Sequence[Unit]) -> None:
+        """Precompute which unit narrows which axis by how much."""
+        self.shapes, self.positions, self.units = shapes, positions, list(units)
+        self._cuts: dict[str, list[tuple[int, int, int]]] = {}
+        for index, unit in enumerate(self.units):
+            for slot in unit.slots:
+                copies = sum(c >= 0 for c in slot.channels) // unit.channels
+                if slot.tensor in shapes and copies:
+                    self._cuts.setdefault(slot.tensor, []).append((slot.axis, index, copies))
+        full = [unit.channels for unit in self.units]
+        self.dense_macs, self.dense_params, self.dense_channels = self.macs(full), self.params(full), sum(full)
+
+    def _size(self, name: str, counts: Sequence[int]) -> int:
+        shape = list(self.shapes[name])
+        for axis, index, copies in self._cuts.get(name, ()):
+            shape[axis] -= copies * (self.units[index].channels - counts[index])
+        return math.prod(shape)
+
+    def macs(self, counts: Sequence[int]) -> int:
+        """Multiply-adds of convolutions and linear layers."""
+        return sum(self._size(name, counts) * times for name, times in self.positions.items() if name in self.shapes)
+
+    def params(self, counts: Sequence[int]) -> int:
+        """Parameters, norms and biases included."""
+        return sum(self._size(name, counts) for name in self.shapes)
+
+    def channels(self, counts: Sequence[int]) -> int:
+        """Channels that are left."""
+        return sum(counts)
+
+    def dense(self, kind: str) -> int:
+        """Cost of the dense scope: ``kind`` is ``macs``, ``params`` or ``channels``."""
+        return {"macs": self.dense_macs, "params": self.dense_params, "channels": self.dense_channels}[kind]
+
+    def of(self, kind: str, counts: Sequence[int]) -> int:
+        """Cost at ``counts``: ``kind`` is ``macs``, ``params`` or ``channels``."""
+        return {"macs": self.macs, "params": self.params, "channels": self.channels}[kind](counts)

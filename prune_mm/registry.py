@@ -1,0 +1,16 @@
+"""Registries of the scope ``prune_mm``: children of MMEngine's, so ordinary configs find what is here."""
+
+from mmengine.registry import DATASETS as MMENGINE_DATASETS
+from mmengine.registry import HOOKS as MMENGINE_HOOKS
+from mmengine.registry import MODELS as MMENGINE_MODELS
+from mmengine.registry import TRANSFORMS as MMENGINE_TRANSFORMS
+from mmengine.registry import Registry
+
+_SCOPE = "prune_mm"
+
+MODELS = Registry("model", parent=MMENGINE_MODELS, scope=_SCOPE, locations=["prune_mm.engine"])
+HOOKS = Registry("hook", parent=MMENGINE_HOOKS, scope=_SCOPE, locations=["prune_mm.engine"])
+DATASETS = Registry("dataset", parent=MMENGINE_DATASETS, scope=_SCOPE, locations=["prune_mm.datasets.demo"])
+TRANSFORMS = Registry("transform", parent=MMENGINE_TRANSFORMS, scope=_SCOPE, locations=["prune_mm.engine"])
+#: Pruning methods. Built with ``PRUNERS.build(dict(type='CHEX', target=dict(macs=0.5)))``.
+PRUNERS = Registry("pruner", scope=_SCOPE, locations=["prune_mm.pruners"])
