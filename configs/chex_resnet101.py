@@ -1,4 +1,5 @@
-# CHEX on ResNet-101, ImageNet. The paper's row: 3.4 G MACs of 7.8 G, top-1 78.8. Its 1.9 G row (77.6) is target=dict(macs=0.24).
+# CHEX on ResNet-101, ImageNet. The paper's row: 3.4 G MACs of 7.8 G, top-1 78.8.
+# Its 1.9 G row (77.6) is target=dict(macs=0.24).
 _base_ = './_base_/resnet101_in1k_250e.py'
 
 model = dict(

@@ -1,4 +1,5 @@
-# CHEX on ResNet-50, ImageNet. The paper's row: 2 G MACs of 4.09 G, top-1 77.4. Its 1 G row (76.0) is target=dict(channels=0.3).
+# CHEX on ResNet-50, ImageNet. The paper's row: 2 G MACs of 4.09 G, top-1 77.4.
+# Its 1 G row (76.0) is target=dict(channels=0.3).
 _base_ = './_base_/resnet50_in1k_250e.py'
 
 model = dict(

@@ -1,5 +1,5 @@
-# ResNet-50 on ImageNet, as MMPretrain ships it, with CHEX's published recipe: 8 GPUs x 128, SGD, cosine over 250 epochs,
-# label smoothing, mixup, no weight decay of norms.
+# ResNet-50 on ImageNet, as MMPretrain ships it, with CHEX's published recipe: 8 GPUs x 128, SGD, cosine over
+# 250 epochs, label smoothing, mixup, no weight decay of norms.
 _base_ = 'mmpretrain::resnet/resnet50_8xb32_in1k.py'
 custom_imports = dict(imports=['prune_mm'], allow_failed_imports=False)
 

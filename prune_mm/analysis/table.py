@@ -41,13 +41,15 @@ def _bytes(value: float, reference: float) -> str:
     return f"{value / 1e6:,.2f} MB" if abs(value) >= 1e4 or value == 0 else f"{value:,.0f} B"
 
 
-#: Formats of a row: multiply-adds, parameters, milliseconds, bytes (1 MB = 10^6 bytes), average precision, plain count.
+#: Formats of a row: multiply-adds, parameters, milliseconds, bytes (1 MB = 10^6 bytes), average precision, percent
+#: right, plain count.
 FORMATS: dict[str, _Format] = {
     "macs": _Format(_macs),
     "params": _Format(_params),
     "ms": _Format(lambda value, _: f"{value:,.2f} ms"),
     "bytes": _Format(_bytes),
     "ap": _Format(lambda value, _: f"{value:.3f}", is_score=True),
+    "percent": _Format(lambda value, _: f"{value:.2f}", is_score=True),
     "count": _Format(lambda value, _: f"{value:,.0f}"),
 }
 

@@ -7,11 +7,22 @@ accepted, and not read.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torchvision
 from torch import Tensor
-from torchvision.ops import deform_conv2d
 
 from .mmcv_buffers import accumulate, gradients, widen, write
+
+
+def deform_conv2d(x: Tensor, offset: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """As torchvision's operator, whose CPU kernel reads outside its memory when an offset is NaN; this gives NaN."""
+    diverged = not offset.is_cuda and bool(offset.isnan().any())
+    if diverged:
+        offset = offset.nan_to_num(nan=0.0)
+    result = torchvision.ops.deform_conv2d(x, offset, *args, **kwargs)
+    return result * float("nan") if diverged else result
 
 
 def deform_conv_forward(

@@ -14,7 +14,7 @@ from prune_mm.registry import MODELS
 
 
 @MODELS.register_module(name="CompactModel")
-def compact_model(model: dict, checkpoint: str) -> nn.Module:
+def compact_model(model: dict, checkpoint: str, backbone: dict | None = None) -> nn.Module:
     """Build the dense model, make it small by the plan in ``checkpoint``, and load the weights.
 
     The result is a plain model of the dense class (a ``MaskRCNN``), ready to test, fine-tune and deploy.
@@ -22,6 +22,7 @@ def compact_model(model: dict, checkpoint: str) -> nn.Module:
     Args:
         model: config of the dense model.
         checkpoint: path of ``compact.pth``.
+        backbone: not used; ``mmdet.apis.init_detector`` looks for this key in every model config.
 
     Raises:
         FileNotFoundError: when there is no such file.

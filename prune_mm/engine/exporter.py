@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,12 @@ from mmengine.registry import init_default_scope
 from safetensors.torch import save_file
 from torch import nn
 
-from prune_mm.analysis.complexity import measure_complexity
 from prune_mm.engine.checkpoint import PRUNER_PREFIX, check_checkpoint, state_dict_of
 from prune_mm.engine.compact import compact_model, without_pretrained
 from prune_mm.engine.prunable import pruned_module
-from prune_mm.engine.scope import scope_inputs, scope_positions
+from prune_mm.engine.scope import get_scope, scope_inputs, scope_positions
 from prune_mm.export.compact_file import CompactFile
-from prune_mm.export.law import check_law
+from prune_mm.export.law import check_law, largest_difference
 from prune_mm.structures import Plan
 from prune_mm.structures.plan import count_macs
 
@@ -31,10 +31,10 @@ ARTIFACT_FILES = ("compact.pth", "model.safetensors", "config.py", "plan.json", 
 
 
 def export(config: Config, checkpoint: str | os.PathLike, out: str | os.PathLike, overwrite: bool = False) -> dict:
-    """Write the artifact of a pruned checkpoint.
+    """Write the artifact of a pruned checkpoint, or of a fine-tuned compact model.
 
     Args:
-        config: training config, with ``model.type='prune_mm.PrunableModel'``.
+        config: training config, with ``model.type='prune_mm.PrunableModel'`` (or ``CompactModel``: fine-tuned).
         checkpoint: a checkpoint of that training.
         out: folder to write; it appears whole or not at all.
         overwrite: replace an artifact that is already there.
@@ -48,8 +48,73 @@ def export(config: Config, checkpoint: str | os.PathLike, out: str | os.PathLike
         ValueError: one line, when the checkpoint does not fit, was never pruned, or the law does not hold.
     """
     target = _free_target(Path(out), overwrite)
-    model, file = load_pruned(config, checkpoint)
-    return _write(target, config, model, file, str(checkpoint))
+    kind = str(config.model.get("type")).rpartition(".")[2]
+    source = _finetuned(config, checkpoint) if kind == "CompactModel" else _pruned(config, checkpoint)
+    return _write(target, source)
+
+
+@dataclass
+class _Source:
+    """What an artifact is made of."""
+
+    config: Config
+    model: nn.Module
+    dense: nn.Module
+    small: nn.Module
+    plan: Plan
+    meta: dict[str, Any]
+    facts: dict[str, Any]
+    input_size: tuple[int, int]
+
+
+def _pruned(config: Config, path: str | os.PathLike) -> _Source:
+    """From a masked checkpoint: the law is checked against the masked model."""
+    model, checkpoint = load_pruned(config, path)
+    scope = model.prune_scope
+    dense = MMENGINE_MODELS.build(without_pretrained(config.model.model))
+    dense.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith(PRUNER_PREFIX)})
+    plan = Plan(scope, (tuple(model.pruner.structures()),))
+    small = plan.compact(copy.deepcopy(dense))
+    facts = {
+        "pruner": type(model.pruner).__name__,
+        "target": str(getattr(model.pruner, "target", "")),
+        "law_relative_difference": check_law(
+            pruned_module(model), get_scope(small, scope), _check_inputs(dense, scope, model.prune_input_size)
+        ),
+    }
+    return _Source(config, model, dense, small, plan, _meta(checkpoint, path), facts, model.prune_input_size)
+
+
+def _finetuned(config: Config, path: str | os.PathLike) -> _Source:
+    """From a checkpoint of a compact model that was trained further."""
+    origin = str(config.model.checkpoint)
+    checkpoint = _read_checkpoint(path)
+    init_default_scope(config.get("default_scope", "mmengine"))
+    small = compact_model(config.model.model, origin)
+    check_checkpoint(small, checkpoint, f"'{path}'", whole=True)
+    small.load_state_dict(state_dict_of(checkpoint))
+    plan = CompactFile.load(origin).plan
+    dense = MMENGINE_MODELS.build(without_pretrained(config.model.model))
+    report = json.loads((Path(origin).parent / "report.json").read_text())
+    facts = {key: report[key] for key in ("pruner", "target", "law_relative_difference")} | {"finetuned": True}
+    return _Source(
+        config, small, dense, small, plan, _meta(checkpoint, path), facts, tuple(report["input_size"])
+    )  # fmt: skip
+
+
+def _meta(checkpoint: dict, path: str | os.PathLike) -> dict[str, Any]:
+    found = checkpoint.get("meta", {}).get("dataset_meta") or {}
+    return {"dataset_meta": _plain(found), "source": Path(path).name}
+
+
+def _read_checkpoint(path: str | os.PathLike) -> dict:
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no checkpoint at '{path}'")
+    try:
+        # MMEngine's checkpoints hold its message hub and NumPy scalars, which weights_only refuses.
+        return torch.load(path, map_location="cpu", weights_only=False)
+    except Exception as error:  # torch.load has no common error for damaged files
+        raise ValueError(f"'{path}' is damaged or not a checkpoint: {type(error).__name__}") from error
 
 
 def load_pruned(config: Config, path: str | os.PathLike) -> tuple[nn.Module, dict]:
@@ -59,13 +124,8 @@ def load_pruned(config: Config, path: str | os.PathLike) -> tuple[nn.Module, dic
         FileNotFoundError: when there is no checkpoint.
         ValueError: one line, when config or checkpoint are not of a pruned model.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no checkpoint at '{path}'")
+    checkpoint = _read_checkpoint(path)
     model = build_prunable(config)
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=False)
-    except Exception as error:  # torch.load has no common error for damaged files
-        raise ValueError(f"'{path}' is damaged or not a checkpoint: {type(error).__name__}") from error
     check_checkpoint(model, checkpoint, f"'{path}'", whole=True)
     state = state_dict_of(checkpoint)
     if not any(key.startswith(PRUNER_PREFIX) for key in state):
@@ -100,11 +160,12 @@ def _free_target(out: Path, overwrite: bool) -> Path:
     return out
 
 
-def _write(out: Path, config: Config, model: nn.Module, checkpoint: dict, source: str) -> dict:
+def _write(out: Path, source: _Source) -> dict:
+    """Fill a folder beside ``out``, then let it take its place."""
     out.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        report = _fill(folder, config, model, checkpoint, source)
+        report = _fill(folder, source)
         folder.chmod(0o755)
         if out.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{out.name}.old.", dir=out.parent))
@@ -119,54 +180,49 @@ def _write(out: Path, config: Config, model: nn.Module, checkpoint: dict, source
     return report
 
 
-def _fill(folder: Path, config: Config, model: nn.Module, checkpoint: dict, source: str) -> dict:
-    scope = model.prune_scope
-    dense = MMENGINE_MODELS.build(without_pretrained(config.model.model))
-    state = {key: value for key, value in model.state_dict().items() if not key.startswith(PRUNER_PREFIX)}
-    dense.load_state_dict(state)
-    plan = Plan(scope, (tuple(model.pruner.structures()),))
-    small = plan.compact(copy.deepcopy(dense))
-    inputs = [scope_inputs(dense, scope, (side, side)) for side in _check_sizes(model)]
-    difference = check_law(pruned_module(model), small.get_submodule(scope), inputs)
-
-    meta = {"dataset_meta": _plain(checkpoint.get("meta", {}).get("dataset_meta") or {}), "source": source}
-    CompactFile(plan, small.state_dict(), meta).save(folder / "compact.pth")
-    save_file({k: v.contiguous() for k, v in small.state_dict().items()}, folder / "model.safetensors")
-    (folder / "plan.json").write_text(plan.to_json() + "\n")
-    (folder / "config.py").write_text(compact_config(config).pretty_text + "\n")
-    report = _report(config, model, dense, small, plan) | {"law_relative_difference": difference}
-    report["bytes"] = {"compact": (folder / "compact.pth").stat().st_size}
+def _fill(folder: Path, source: _Source) -> dict:
+    state, scope = source.small.state_dict(), source.plan.scope
+    CompactFile(source.plan, state, source.meta).save(folder / "compact.pth")
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, folder / "model.safetensors")
+    (folder / "model.safetensors").chmod(0o644)
+    (folder / "plan.json").write_text(source.plan.to_json() + "\n")
+    (folder / "config.py").write_text(compact_config(source.config).pretty_text + "\n")
+    report = _report(source)
+    report["bytes"] = {
+        "dense": sum(t.numel() * t.element_size() for t in source.dense.state_dict().values()),
+        "compact": (folder / "compact.pth").stat().st_size,
+    }
     (folder / "report.json").write_text(json.dumps(report, indent=1) + "\n")
 
     # What was written must be what was checked.
-    again = compact_model(config.model.model, str(folder / "compact.pth"))
-    if check_law(small.get_submodule(scope), again.get_submodule(scope), inputs) != 0.0:
+    again = compact_model(source.config.model.model, str(folder / "compact.pth"))
+    inputs = _check_inputs(again, scope, source.input_size)
+    if largest_difference(get_scope(source.small, scope), get_scope(again, scope), inputs) != 0.0:
         raise ValueError("the written artifact reads back differently; nothing is kept")
     return report
 
 
-def _check_sizes(model: nn.Module) -> tuple[int, ...]:
-    """Two image sides: the law must not depend on the one that was traced."""
-    side = min(model.prune_input_size)
-    return (side, side + 32)
+def _check_inputs(model: nn.Module, scope: str, size: tuple[int, int]) -> list[tuple[Any, ...]]:
+    """Inputs of two sizes: the law must not depend on the one that was traced."""
+    side = min(size)
+    return [scope_inputs(model, scope, (s, s)) for s in (side, side + 32)]
 
 
-def _report(config: Config, model: nn.Module, dense: nn.Module, small: nn.Module, plan: Plan) -> dict[str, Any]:
-    scope, size = model.prune_scope, model.prune_input_size
-    module = dense.get_submodule(scope)
+def _report(source: _Source) -> dict[str, Any]:
+    scope = source.plan.scope
+    module = get_scope(source.dense, scope)
     shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
-    positions = {name: n for name, n in scope_positions(dense, scope, size).items() if name in shapes}
-    compact_shapes = plan.shapes(shapes)
-    whole = {"dense": _parameters(dense), "compact": _parameters(small)}
+    measured = scope_positions(source.dense, scope, source.input_size)
+    positions = {name: count for name, count in measured.items() if name in shapes}
+    compact_shapes = source.plan.shapes(shapes)
     return {
-        "model": type(dense).__name__,
+        "model": type(source.dense).__name__,
         "scope": scope,
-        "pruner": type(model.pruner).__name__,
-        "target": str(getattr(model.pruner, "target", "")),
-        "input_size": list(size),
+        "input_size": list(source.input_size),
+        **source.facts,
         "macs": {"dense": count_macs(shapes, positions), "compact": count_macs(compact_shapes, positions)},
-        "params": {"dense": _parameters(module), "compact": _parameters(small.get_submodule(scope))},
-        "model_params": whole,
+        "params": {"dense": _parameters(module), "compact": _parameters(get_scope(source.small, scope))},
+        "model_params": {"dense": _parameters(source.dense), "compact": _parameters(source.small)},
         "layers": {
             name: {"dense": list(shapes[name]), "compact": list(compact_shapes[name]), "positions": positions[name]}
             for name in positions
@@ -186,6 +242,7 @@ def compact_config(config: Config) -> Config:
         "type": "prune_mm.CompactModel",
         "model": dense,
         "checkpoint": "{{ fileDirname }}/compact.pth",
+        "backbone": {},
     }
     hooks = [h for h in config.get("custom_hooks") or [] if str(h.get("type")).rpartition(".")[2] != "PruningHook"]
     resolved.custom_hooks = hooks
@@ -207,8 +264,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (str, int, float, bool)) or value is None:
         return value
     return _plain(value.tolist()) if hasattr(value, "tolist") else str(value)
-
-
-def whole_model_macs(model: nn.Module, batch: Any) -> int:
-    """MACs of one test step, whatever heads and proposals it runs."""
-    return measure_complexity(model, forward=lambda: model.test_step(batch)).macs

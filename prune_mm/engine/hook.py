@@ -73,7 +73,9 @@ class PruningHook(Hook):
         if self.reproducible:
             make_reproducible(runner.train_dataloader, self._seed(runner))
         self._log(runner)
-        print_log(f"pruning {type(pruner).__name__} to {getattr(pruner, 'target', '')}: {self._summary(runner)}", "current")
+        print_log(
+            f"pruning {type(pruner).__name__} to {getattr(pruner, 'target', '')}: {self._summary(runner)}", "current"
+        )
 
     # -- while training ---------------------------------------------------------------------------------------
 
@@ -133,7 +135,9 @@ class PruningHook(Hook):
         self._commit(runner, decision, step)
         pruner.updates += 1
         pruner.last_update.fill_(step)
-        print_log(f"{type(pruner).__name__} update {int(pruner.updates)} at step {step}: {self._summary(runner)}", "current")
+        print_log(
+            f"{type(pruner).__name__} update {int(pruner.updates)} at step {step}: {self._summary(runner)}", "current"
+        )
 
     def _commit(self, runner: Runner, decision: dict[str, Tensor], step: int) -> None:
         model = unwrapped(runner.model)
@@ -176,7 +180,9 @@ class PruningHook(Hook):
             runner.message_hub.update_scalar(f"train/{name}", value)
 
     def _summary(self, runner: Runner) -> str:
-        return ", ".join(f"{name.replace('_', ' ')} {value:.1%}" for name, value in self.pruner(runner).status().items())
+        return ", ".join(
+            f"{name.replace('_', ' ')} {value:.1%}" for name, value in self.pruner(runner).status().items()
+        )
 
     @staticmethod
     def _seed(runner: Runner) -> int:

@@ -26,7 +26,10 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", help="config file")
     parser.add_argument("--work-dir", help="where logs and checkpoints go (default: work_dirs/<config name>)")
     parser.add_argument(
-        "--cfg-options", nargs="+", action=DictAction, help="override settings of the config, key=value; nested keys a.b=c"
+        "--cfg-options",
+        nargs="+",
+        action=DictAction,
+        help="override settings of the config, key=value; nested keys a.b=c",
     )
     parser.add_argument("--launcher", choices=["none", "pytorch", "slurm", "mpi"], default="none", help="job launcher")
     # torch.distributed.launch passes --local-rank; torchrun sets the environment variable.

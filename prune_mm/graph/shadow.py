@@ -84,9 +84,10 @@ class ShadowTracer(TorchDispatchMode):
         self._names: dict[int, tuple[str, Tensor]] = {}
         self._tied: dict[str, str] = {}
         for name, tensor in [*module.named_parameters(remove_duplicate=False), *module.named_buffers()]:
-            first = self._names.setdefault(_storage(tensor), (name, tensor))[0]
+            self._names.setdefault(_storage(tensor), (name, tensor))
             # One module under two names is cut once for both; one parameter in two modules is not.
-            if first != name and self._owner(first) is not self._owner(name):
+            first = self.tied_to(name, tensor)
+            if first is not None:
                 self._tied[first] = name
 
     def _owner(self, name: str) -> nn.Module:
@@ -161,6 +162,15 @@ class ShadowTracer(TorchDispatchMode):
         index = bisect_right(self._starts, int(present[0])) - 1
         block = self.record.blocks[index]
         return index if int(present[-1]) < block.first + block.count else None
+
+    def first_name(self, parameter: Tensor) -> str:
+        """The first of the names of a parameter."""
+        return self._names[_storage(parameter)][0]
+
+    def tied_to(self, name: str, parameter: Tensor) -> str | None:
+        """Name of the parameter of another module that is the same tensor."""
+        first = self.first_name(parameter)
+        return first if first != name and self._owner(first) is not self._owner(name) else None
 
     # -- what rules do ----------------------------------------------------------------------------------------
 
@@ -247,6 +257,7 @@ class ShadowTracer(TorchDispatchMode):
     def add_input(self, tensor: Tensor) -> None:
         """Say that a tensor comes from outside: it holds no channels that could be removed."""
         self._alive.append(tensor)
+        self._seen.add(_storage(tensor))
         ids = torch.zeros(1, dtype=torch.int64).expand(tensor.shape)
         self.set_shadow(tensor, Shadow(ids, zero=False, depth=0))
 
@@ -270,8 +281,9 @@ class ShadowTracer(TorchDispatchMode):
         return storage in self._names or storage in self._opaque or self.shadow(tensor) is not None
 
     def _note_storages(self, func: Any, operands: list[Tensor], results: list[Tensor]) -> None:
-        """Keep track of memory that no visible operator has written to."""
+        """Keep track of memory that no visible operator has written to: blank, or from outside."""
         read, made = {_storage(t) for t in operands}, {_storage(t) for t in results}
+        self._blank |= read - self._seen - self._names.keys()
         self._seen |= read | made
         if func._schema.is_mutable:
             self._blank -= made

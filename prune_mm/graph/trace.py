@@ -63,10 +63,14 @@ def _left_out(tracer: ShadowTracer, graph: ChannelGraph) -> dict[str, str]:
     """Every layer with a weight matrix that is in no group, with the reason."""
     inside = {slot.tensor for group in graph.groups for slot in group.slots}
     reasons = {}
-    for name, parameter in tracer.module.named_parameters():
-        if parameter.ndim < 2 or parameter.numel() == max(parameter.shape) or name in inside:
+    for name, parameter in tracer.module.named_parameters(remove_duplicate=False):
+        tied = tracer.tied_to(name, parameter)
+        is_matrix = parameter.ndim >= 2 and parameter.numel() > max(parameter.shape)
+        if not is_matrix or name in inside or (tied is None and tracer.first_name(parameter) != name):
             continue
-        if not tracer.was_used(parameter):
+        if tied is not None:
+            reason = f"its weight is tied to '{tied}'"
+        elif not tracer.was_used(parameter):
             reason = "not used in the traced call"
         elif tracer.slot(name, 0) is not None:
             reason = "no layer before it makes the channels it works on"

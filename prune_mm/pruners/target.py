@@ -54,5 +54,6 @@ class Target:
         return self.value * dense if isinstance(self.value, float) else float(self.value)
 
     def __str__(self) -> str:
-        """As in a sentence."""
-        return f"{self.value:.1%} of the {self.kind}" if isinstance(self.value, float) else f"{self.value} {self.kind}"
+        """As in a sentence: ``50 % of its MACs``."""
+        name = "MACs" if self.kind == "macs" else self.kind
+        return f"{self.value * 100:g} % of its {name}" if isinstance(self.value, float) else f"{self.value:,} {name}"

@@ -462,3 +462,9 @@ def test_deformable_attention_forward_and_backward():
         lambda v, p, w: MultiScaleDeformableAttnFunction.apply(v, shapes, starts, p, w, 64),
         (value, location, weight.requires_grad_()),
     )
+
+
+def test_nan_offsets_give_nan_instead_of_a_crash():
+    conv = ops.DeformConv2d(2, 3, 3, padding=1)
+    x, offset = torch.randn(1, 2, 4, 4), torch.full((1, 18, 4, 4), float("nan"))
+    assert conv(x, offset).isnan().all()

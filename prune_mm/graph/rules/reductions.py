@@ -63,6 +63,8 @@ def reduction(tracer: ShadowTracer, func: Any, args: tuple, kwargs: dict, result
     position = {"norm": 2, "linalg_vector_norm": 2}.get(name, 1)
     dims = _reduced_dims(args[0].ndim, args[position] if len(args) > position else kwargs.get("dim"))
     ids = _unite_along(tracer, shadow.ids, dims, name)
+    if not any(varies(ids, d) for d in range(ids.ndim)) and any(varies(shadow.ids, d) for d in dims):
+        tracer.freeze(shadow.ids, f"is reduced over all channels ('{name}')")
     keeps_zero = shadow.zero and name in ("mean", "sum", "amax", "amin", "max", "min")
     for tensor in tensors_in(result):
         own = ids if tensor.ndim == ids.ndim else _drop(ids, dims)

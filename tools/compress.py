@@ -1,0 +1,114 @@
+"""Compress from a config to the end: train, export, fine-tune (when the config says how), test, report.
+
+``tools/compress.py configs/demo/chex_maskrcnn.py``. Every step is one of the other tools and is printed as it would be
+typed; run again with ``--resume`` to go on after an interruption.
+
+A config may hold ``finetune = dict(...)``: settings that are merged into the artifact's config to train the compact
+model further, for instance ``finetune=dict(train_cfg=dict(max_epochs=4))``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+from mmengine.config import Config
+
+from prune_mm.engine.exporter import compact_config
+from prune_mm.engine.launch import add_common_arguments, check_data, load_config, run_tool
+from prune_mm.export.compact_file import write_atomically
+
+TOOLS = Path(__file__).resolve().parent
+
+
+def parse_args() -> argparse.Namespace:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common_arguments(parser)
+    parser.add_argument("--gpus", type=int, default=1, help="processes of torchrun on this machine (launcher pytorch)")
+    parser.add_argument("--amp", action="store_true", help="automatic mixed precision")
+    parser.add_argument("--resume", action="store_true", help="go on where an interrupted run stopped")
+    return parser.parse_args()
+
+
+def run(*command: str) -> None:
+    """Run one step in sight of the user; stop when it fails."""
+    shown = " ".join(shlex.quote(word) for word in command)
+    print(f"\n$ {shown.replace(sys.executable, 'python')}", flush=True)
+    status = subprocess.run(command).returncode
+    if status:
+        print(f"error: this step failed with status {status}; nothing after it was run", file=sys.stderr)
+        sys.exit(status)
+
+
+def launched(args: argparse.Namespace, tool: str, *words: str) -> list[str]:
+    """The command of a training or test step, under torchrun where asked."""
+    command = [str(TOOLS / tool), *words, "--launcher", args.launcher]
+    if args.launcher == "pytorch":
+        return [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={args.gpus}", *command]
+    return [sys.executable, *command]
+
+
+def last_checkpoint(work_dir: Path) -> str:
+    """The newest checkpoint of a run.
+
+    Raises:
+        FileNotFoundError: when the run has written none.
+    """
+    pointer = work_dir / "last_checkpoint"
+    if not pointer.is_file():
+        raise FileNotFoundError(f"no checkpoint in '{work_dir}'; did the training write any?")
+    return pointer.read_text().strip()
+
+
+def train_and_export(args: argparse.Namespace, config: Config, resolved: str, work: Path) -> tuple[Path, Path]:
+    """Train with pruning, then export; returns the artifact and the metrics of the masked checkpoint."""
+    extra = [*(["--amp"] if args.amp else []), *(["--resume"] if args.resume else [])]
+    run(*launched(args, "train.py", resolved, "--work-dir", str(work), *extra))
+    checkpoint, artifact, before = last_checkpoint(work), work / "artifact", work / "masked_metrics.json"
+    run(sys.executable, str(TOOLS / "export.py"), resolved, checkpoint, str(artifact), "--overwrite")
+    run(*launched(args, "test.py", resolved, checkpoint, "--work-dir", str(work), "--metrics-out", str(before)))
+    return artifact, before
+
+
+def finetune(args: argparse.Namespace, config: Config, artifact: Path, work: Path) -> Path:
+    """Train the compact model further; its weights replace those in a second artifact folder."""
+    stage = compact_config(config)
+    stage.model.checkpoint = str(artifact / "compact.pth")
+    stage.merge_from_dict(config.finetune.to_dict())
+    path, folder = work / "finetune.py", work / "finetune"
+    path.write_text(stage.pretty_text + "\n")
+    extra = ["--resume"] if args.resume else []
+    run(*launched(args, "train.py", str(path), "--work-dir", str(folder), *extra))
+    tuned = work / "artifact_finetuned"
+    run(
+        sys.executable, str(TOOLS / "export.py"), str(path), last_checkpoint(folder), str(tuned), "--overwrite"
+    )  # fmt: skip
+    return tuned
+
+
+def main() -> None:
+    """Run every stage."""
+    args = parse_args()
+    config = load_config(args)
+    check_data(config, "train_dataloader", "val_dataloader", "test_dataloader")
+    work = Path(config.work_dir)
+    work.mkdir(parents=True, exist_ok=True)
+    resolved = work / "compress.py"
+    write_atomically(resolved, lambda temporary: Path(temporary).write_text(config.pretty_text + "\n"))
+    artifact, before = train_and_export(args, config, str(resolved), work)
+    if config.get("finetune"):
+        artifact = finetune(args, config, artifact, work)
+    after = work / "compact_metrics.json"
+    test = [str(artifact / "config.py"), "--work-dir", str(work / "compact_test"), "--metrics-out", str(after)]
+    run(*launched(args, "test.py", *test))
+    metrics = ["--dense-metrics", str(before), "--compact-metrics", str(after)]
+    run(sys.executable, str(TOOLS / "report.py"), str(artifact), *metrics)
+    print(f"\nThe small model is in {artifact}: python tools/test.py {artifact}/config.py")
+
+
+if __name__ == "__main__":
+    run_tool(main)
