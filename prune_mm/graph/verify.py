@@ -35,6 +35,10 @@ def freeze_what_fails(module: nn.Module, inputs: tuple, graph: ChannelGraph, see
             passed += 1
             continue
         passed = 0
+        if checker.failure([]) is not None:
+            for group in graph.prunable:
+                graph.freeze(group.name, "the module computes something else at every call, so no cut can be checked")
+            return
         sound = [group for group in graph.prunable if group.name not in graph.fragile]
         fragile = [group for group in graph.prunable if group.name in graph.fragile]
         accepted: list[ChannelGroup] = []

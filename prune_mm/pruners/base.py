@@ -186,9 +186,10 @@ class ChannelPruner(Pruner):
 
     def rounded(self, counts: Iterable[int]) -> list[int]:
         """Counts that respect ``round_to`` and ``min_channels``."""
+        least = [min(self.min_channels, width) for width in self.widths]
         return [
-            round_channels(count, width, self.round_to, min(self.min_channels, width))
-            for count, width in zip(counts, self.widths)
+            round_channels(max(count, minimum), width, self.round_to, minimum)
+            for count, width, minimum in zip(counts, self.widths, least)
         ]
 
     def fit(self, counts_at: Any) -> tuple[float, list[int]]:
@@ -211,7 +212,7 @@ class ChannelPruner(Pruner):
             least = self.cost.of(kind, self.rounded([0] * len(self.units)))
             raise ValueError(
                 f"target {self.target} is out of reach: with min_channels={self.min_channels}, "
-                f"round_to={self.round_to} the scope cannot be smaller than {least / dense:.1%} of its {kind}"
+                f"round_to={self.round_to} the scope cannot be smaller than {least / dense:.1%} of its {self.target.noun}"
             ) from error
 
     def uniform_sparsity(self) -> float:

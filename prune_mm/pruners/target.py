@@ -53,7 +53,15 @@ class Target:
         """The budget in the unit of ``dense``, the cost of the dense scope."""
         return self.value * dense if isinstance(self.value, float) else float(self.value)
 
+    @property
+    def noun(self) -> str:
+        """The cost in a sentence: ``MACs``, ``params`` or ``channels``."""
+        return "MACs" if self.kind == "macs" else self.kind
+
     def __str__(self) -> str:
         """As in a sentence: ``50 % of its MACs``."""
-        name = "MACs" if self.kind == "macs" else self.kind
-        return f"{self.value * 100:g} % of its {name}" if isinstance(self.value, float) else f"{self.value:,} {name}"
+        return (
+            f"{self.value * 100:g} % of its {self.noun}"
+            if isinstance(self.value, float)
+            else f"{self.value:,} {self.noun}"
+        )

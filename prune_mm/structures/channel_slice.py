@@ -104,11 +104,13 @@ class ShortcutSlice(ChannelSlice):
     Attributes:
         end: module behind which the width is restored.
         sum_keep: channels of the residual sum that the rest of the stage leaves, None for all.
+        blank: whether no row is alive, so that the one that stays must be zero.
     """
 
     kind: ClassVar[str] = "ShortcutSlice"
     end: str = ""
     sum_keep: tuple[int, ...] | None = field(default=None, compare=False, repr=False)
+    blank: bool = field(default=False, compare=False, repr=False)
 
     @classmethod
     def from_shortcut(cls, name: str, mask: Tensor, slots: Iterable[Slot], end: str) -> ShortcutSlice:
@@ -123,7 +125,7 @@ class ShortcutSlice(ChannelSlice):
             return self
         both = self.mask & alive
         keep = both if bool(both.any()) else torch.arange(self.channels) == int(torch.nonzero(alive)[0])
-        return replace(self, keep=_indices(keep), sum_keep=_indices(alive))
+        return replace(self, keep=_indices(keep), sum_keep=_indices(alive), blank=not bool(both.any()))
 
     def check(self, module: nn.Module) -> None:
         """See :meth:`Structure.check`."""
@@ -137,7 +139,11 @@ class ShortcutSlice(ChannelSlice):
             raise ValueError(f"the output of '{self.end}' is already scattered")
 
     def rewrite(self, module: nn.Module) -> None:
-        """Restore the width behind ``end``."""
+        """Restore the width behind ``end``; a row that stays only so that one does is zero."""
+        if self.blank:
+            for slot in self.slots:
+                if slot.role in MASKED_ROLES:
+                    get_tensor(module, slot.tensor).data.zero_()
         width = range(self.channels) if self.sum_keep is None else self.sum_keep
         if len(self.keep) < len(width):
             place = {channel: position for position, channel in enumerate(width)}

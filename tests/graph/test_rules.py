@@ -56,9 +56,7 @@ def test_chain_of_two():
 
 
 def test_cat_keeps_groups_apart():
-    graph = traced(
-        lambda n, x: n.c(torch.cat([n.a(x), n.b(x)], 1)), a=conv(4, 3), b=conv(5, 3), c=conv(2, 9)
-    )
+    graph = traced(lambda n, x: n.c(torch.cat([n.a(x), n.b(x)], 1)), a=conv(4, 3), b=conv(5, 3), c=conv(2, 9))
     assert names(graph) == ["a", "b"]
     assert graph["b"].slots[-1].channels == (-1,) * 4 + (0, 1, 2, 3, 4)
 
@@ -101,9 +99,7 @@ def test_gate_of_one_channel_over_all():
 
 
 def test_depthwise():
-    graph = traced(
-        lambda n, x: n.c(F.relu6(n.b(n.a(x)))), a=conv(6, 3, 1), b=conv(6, 6, groups=6), c=conv(2, 6)
-    )
+    graph = traced(lambda n, x: n.c(F.relu6(n.b(n.a(x)))), a=conv(6, 3, 1), b=conv(6, 6, groups=6), c=conv(2, 6))
     assert names(graph) == ["a"]
     assert graph["a"].slots_of("depthwise")[0].tensor == "b.weight"
 
@@ -123,9 +119,7 @@ def test_depthwise_over_the_input_is_left_alone():
 @pytest.mark.parametrize("per_group", [1, 2, 4])
 def test_grouped_conv_stays_balanced(per_group):
     width = 3 * per_group
-    graph = traced(
-        lambda n, x: n.c(F.relu(n.b(n.a(x)))), a=conv(width, 3), b=conv(12, width, groups=3), c=conv(2, 12)
-    )
+    graph = traced(lambda n, x: n.c(F.relu(n.b(n.a(x)))), a=conv(width, 3), b=conv(12, width, groups=3), c=conv(2, 12))
     if per_group > 1:
         assert graph["a"].channels == per_group
         assert graph["b"].channels == 4
@@ -239,9 +233,7 @@ def test_group_norm_and_what_must_be_zero_before_it():
     graph = traced(lambda n, x: n.b(F.relu(n.norm(n.a(x)))), a=conv(6, 3), norm=nn.GroupNorm(2, 6), b=conv(2, 6))
     assert names(graph) == ["a"]
     assert graph.group_norms == ("norm",)
-    graph = traced(
-        lambda n, x: n.b(n.norm(torch.sigmoid(n.a(x)))), a=conv(6, 3), norm=nn.GroupNorm(2, 6), b=conv(2, 6)
-    )
+    graph = traced(lambda n, x: n.b(n.norm(torch.sigmoid(n.a(x)))), a=conv(6, 3), norm=nn.GroupNorm(2, 6), b=conv(2, 6))
     assert "not zero" in graph["a"].frozen
 
 
@@ -387,7 +379,11 @@ class Custom(nn.Module):
 @pytest.mark.parametrize("function", [ThroughNumpy, IntoBuffer])
 def test_invisible_kernel_freezes_what_it_reads(function):
     graph = traced(
-        lambda n, x: n.c(F.relu(n.b(n.custom(n.a(x))))), a=conv(6, 3), custom=Custom(function), b=conv(4, 5), c=conv(2, 4)
+        lambda n, x: n.c(F.relu(n.b(n.custom(n.a(x))))),
+        a=conv(6, 3),
+        custom=Custom(function),
+        b=conv(4, 5),
+        c=conv(2, 4),
     )
     assert names(graph) == ["b"]
     assert "cannot see" in graph["a"].frozen
@@ -450,7 +446,10 @@ def test_channel_split_in_two_halves():
 
 def test_hard_coded_width():
     graph = traced(
-        lambda n, x: n.c(F.relu(n.b(n.a(x).view(-1, 2, 3, 8, 8).flatten(1, 2)))), a=conv(6, 3), b=conv(5, 6), c=conv(2, 5)
+        lambda n, x: n.c(F.relu(n.b(n.a(x).view(-1, 2, 3, 8, 8).flatten(1, 2)))),
+        a=conv(6, 3),
+        b=conv(5, 6),
+        c=conv(2, 5),
     )
     assert names(graph) == ["b"]
     assert graph["a"].frozen.startswith("the code fixes its width (view")
@@ -476,7 +475,9 @@ class Result:
         self.me = self
 
 
-@pytest.mark.parametrize("wrap", [lambda y: {"y": [y]}, lambda y: (y, {"again": y}), lambda y: (None, Result(y), "text")])
+@pytest.mark.parametrize(
+    "wrap", [lambda y: {"y": [y]}, lambda y: (y, {"again": y}), lambda y: (None, Result(y), "text")]
+)
 def test_outputs_in_containers_and_objects(wrap):
     net = Net(lambda n, x: wrap(n.b(n.a(x))), a=conv(6, 3), b=conv(2, 6))
     graph = trace(net, X)
@@ -516,7 +517,9 @@ def test_masks_of_booleans_move_with_their_channels():
     assert names(traced(forward, a=conv(6, 3), b=conv(2, 6))) == ["a"]
 
 
-@pytest.mark.parametrize("outer", [lambda a, b: a.unsqueeze(1) + b.unsqueeze(2), lambda a, b: a[:, None] * b[:, :, None]])
+@pytest.mark.parametrize(
+    "outer", [lambda a, b: a.unsqueeze(1) + b.unsqueeze(2), lambda a, b: a[:, None] * b[:, :, None]]
+)
 def test_channels_that_meet_along_other_axes(outer):
     def forward(n, x):
         return outer(n.a(x).mean((2, 3)), n.b(x).mean((2, 3)))
