@@ -14,12 +14,39 @@ def _one_thread():
 
 
 @pytest.fixture(scope="session")
-def images(tmp_path_factory) -> Path:
+def _quick():
+    from tiny import make_mmengine_quick
+
+    make_mmengine_quick()
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory, _quick) -> Path:
     """Folder of the tiny classification data set; made by the first dataset that asks."""
     return tmp_path_factory.mktemp("data") / "shapes_cls"
 
 
 @pytest.fixture(scope="session")
-def coco(tmp_path_factory) -> Path:
+def coco(tmp_path_factory, _quick) -> Path:
     """Folder of the tiny detection data set; made by the first dataset that asks."""
     return tmp_path_factory.mktemp("data") / "shapes"
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, images, coco):
+    """Train a tiny model once per session: ``trained('classifier')`` gives its config and last checkpoint."""
+    import tiny
+
+    runs: dict[str, tuple] = {}
+
+    def run(kind: str) -> tuple:
+        if kind not in runs:
+            work = tmp_path_factory.mktemp(f"trained_{kind}")
+            build, epochs = getattr(tiny, kind), 3
+            config = build(images if kind == "classifier" else coco, work, epochs=epochs)
+            tiny.train(config)
+            tiny.write(config, work / "train.py")
+            runs[kind] = (config, work / f"epoch_{epochs}.pth")
+        return runs[kind]
+
+    return run

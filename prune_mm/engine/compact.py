@@ -9,12 +9,15 @@ from mmengine.registry import MODELS as MMENGINE_MODELS
 from torch import nn
 
 from prune_mm.compat import fix_ssd_head
+from prune_mm.engine.prunable import with_preprocessor
 from prune_mm.export.compact_file import CompactFile, load_into
 from prune_mm.registry import MODELS
 
 
 @MODELS.register_module(name="CompactModel")
-def compact_model(model: dict, checkpoint: str, backbone: dict | None = None) -> nn.Module:
+def compact_model(
+    model: dict, checkpoint: str, backbone: dict | None = None, data_preprocessor: dict | None = None
+) -> nn.Module:
     """Build the dense model, make it small by the plan in ``checkpoint``, and load the weights.
 
     The result is a plain model of the dense class (a ``MaskRCNN``), ready to test, fine-tune and deploy.
@@ -23,13 +26,14 @@ def compact_model(model: dict, checkpoint: str, backbone: dict | None = None) ->
         model: config of the dense model.
         checkpoint: path of ``compact.pth``.
         backbone: not used; ``mmdet.apis.init_detector`` looks for this key in every model config.
+        data_preprocessor: the ``data_preprocessor`` at the top of a config, which MMEngine hands to the model.
 
     Raises:
         FileNotFoundError: when there is no such file.
         ValueError: one line, when the file is damaged or does not fit the config.
     """
     file = CompactFile.load(checkpoint)
-    built = MMENGINE_MODELS.build(without_pretrained(model))
+    built = MMENGINE_MODELS.build(with_preprocessor(without_pretrained(model), data_preprocessor))
     fix_ssd_head()
     try:
         file.plan.compact(built)

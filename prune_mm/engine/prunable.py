@@ -22,6 +22,7 @@ def prunable_model(
     pruner: dict | Pruner,
     scope: str = "backbone",
     input_size: int | Sequence[int] = 224,
+    data_preprocessor: dict | None = None,
 ) -> nn.Module:
     """Build the dense model and attach a pruner to it.
 
@@ -33,11 +34,12 @@ def prunable_model(
         pruner: config of the pruning method, e.g. ``dict(type='CHEX', target=dict(macs=0.5))``.
         scope: dotted name of the submodule that is pruned. What it outputs keeps its shape.
         input_size: side, or (height, width), in pixels of the image that MACs are counted for.
+        data_preprocessor: the ``data_preprocessor`` at the top of a config, which MMEngine hands to the model.
 
     Raises:
         ValueError: naming the option, its value and what would be right; before anything is trained.
     """
-    dense = MMENGINE_MODELS.build(model) if isinstance(model, dict) else model
+    dense = MMENGINE_MODELS.build(with_preprocessor(model, data_preprocessor)) if isinstance(model, dict) else model
     fix_ssd_head()
     if hasattr(dense, "pruner"):
         raise ValueError(f"{type(dense).__name__} already has a child 'pruner'; wrap a model once")
@@ -50,6 +52,11 @@ def prunable_model(
     dense.prune_scope, dense.prune_input_size = scope, image_size(input_size)
     _keep_out_of_ddp(dense)
     return dense
+
+
+def with_preprocessor(model: dict, data_preprocessor: dict | None) -> dict:
+    """The config of a dense model with the ``data_preprocessor`` of the whole config, unless it has its own."""
+    return model if data_preprocessor is None else {"data_preprocessor": data_preprocessor, **model}
 
 
 def build_pruner(config: dict | Pruner) -> Pruner:
@@ -83,7 +90,7 @@ def image_size(size: int | Sequence[int]) -> tuple[int, int]:
     Raises:
         ValueError: for anything else.
     """
-    pair = (size, size) if isinstance(size, int) else tuple(size)
+    pair = tuple(size) if isinstance(size, Sequence) and not isinstance(size, str) else (size, size)
     if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
         raise ValueError(f"input_size={size!r} must be a side or (height, width) in pixels")
     return pair

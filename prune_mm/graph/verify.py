@@ -21,6 +21,8 @@ TOLERANCE = 1e-4
 #: A hard-coded width can fit one random cut by luck, hardly two in a row.
 CUTS_THROUGH_SIZES = 2
 
+_NOT_FINITE = "the output is not finite (are all weights initialised?)"
+
 
 def freeze_what_fails(module: nn.Module, inputs: tuple, graph: ChannelGraph, seed: int = 0) -> None:
     """Freeze the groups of ``graph`` that cannot be cut exactly, with the reason.
@@ -35,9 +37,11 @@ def freeze_what_fails(module: nn.Module, inputs: tuple, graph: ChannelGraph, see
             passed += 1
             continue
         passed = 0
-        if checker.failure([]) is not None:
+        baseline = checker.failure([])
+        if baseline is not None:
+            cause = baseline if baseline == _NOT_FINITE else "the module computes something else at every call"
             for group in graph.prunable:
-                graph.freeze(group.name, "the module computes something else at every call, so no cut can be checked")
+                graph.freeze(group.name, f"no cut can be checked: {cause}")
             return
         sound = [group for group in graph.prunable if group.name not in graph.fragile]
         fragile = [group for group in graph.prunable if group.name in graph.fragile]
@@ -83,6 +87,8 @@ class _Checker:
             for piece in pieces:
                 piece.apply_mask(self.subject)
             expected = tensors_of(self.subject(*self.inputs))
+            if not all(bool(torch.isfinite(t).all()) for t in expected):
+                return _NOT_FINITE
             try:
                 compact_stage(self.subject, pieces)
                 found = tensors_of(self.subject(*self.inputs))

@@ -209,10 +209,10 @@ class ChannelPruner(Pruner):
         try:
             return fit_to_budget(lambda counts: self.cost.of(kind, counts), at, self.target.budget(dense))
         except ValueError as error:
-            least = self.cost.of(kind, self.rounded([0] * len(self.units)))
+            least = self.cost.of(kind, self.rounded([0] * len(self.units))) / dense
             raise ValueError(
-                f"target {self.target} is out of reach: with min_channels={self.min_channels}, "
-                f"round_to={self.round_to} the scope cannot be smaller than {least / dense:.1%} of its {self.target.noun}"
+                f"target {self.target} is out of reach: with min_channels={self.min_channels} and "
+                f"round_to={self.round_to} the scope cannot be smaller than {least:.1%} of its {self.target.noun}"
             ) from error
 
     def uniform_sparsity(self) -> float:

@@ -48,8 +48,8 @@ class CHEX(ChannelPruner):
         by_epoch: whether ``interval`` and ``end`` count epochs or iterations.
         criterion: ``css`` (leverage scores), ``l1``, ``laplacian``, or ``si`` (spatial information of feature
             maps, collected from ``si_batches`` training batches at each update).
-        allocation: how many channels each layer keeps: ``gamma`` (one threshold on the norm scales of all layers)
-            or ``uniform``.
+        allocation: how many channels each layer keeps: ``gamma`` (one threshold on the norm scales of all layers;
+            a layer without a norm keeps the uniform share) or ``uniform``.
         regrow_allocation: how many channels each layer regrows: ``gamma`` or ``uniform``.
         dead_gamma: scale a dead channel has in the regrow allocation: ``zero`` as published (a layer then never
             grows beyond its present width), or ``last``, the most recently used one (a layer may grow).
@@ -115,13 +115,6 @@ class CHEX(ChannelPruner):
     ) -> None:
         """Select units, and register masks and the most recently used values."""
         super().prepare(module, graph, shapes, positions)
-        if "gamma" in (self.allocation, self.regrow_allocation):
-            bare = [unit.name for unit in self.units if unit.gamma(module) is None]
-            if bare:
-                raise ValueError(
-                    f"allocation by norm scales needs a norm behind every layer, '{bare[0]}' has none "
-                    f"({len(bare)} of {len(self.units)}); set allocation='uniform' and regrow_allocation='uniform'"
-                )
         self._remember(module)
 
     def set_schedule(self, epochs: int | None, iterations: int) -> None:
@@ -183,12 +176,12 @@ class CHEX(ChannelPruner):
 
     def _kept_counts(self, module: nn.Module) -> tuple[float, list[int]]:
         """Channel sparsity S and the channels each unit keeps."""
-        gammas = self._gammas(module) if self.allocation == "gamma" else []
+        gammas = [unit.gamma(module) for unit in self.units]
 
         def counts_at(sparsity: float) -> list[int]:
             if self.allocation == "uniform":
                 return uniform_keep(self.widths, sparsity)
-            return global_gamma_keep(gammas, sparsity)
+            return self._by_gamma(gammas, sparsity)
 
         if self.target.kind == "channels" and isinstance(self.target.value, float):
             sparsity = 1.0 - self.target.value
@@ -202,11 +195,16 @@ class CHEX(ChannelPruner):
         if self.regrow_allocation == "uniform":
             return [uniform_regrow_count(width, keep, share) for width, keep in zip(self.widths, keeps)]
         source = self._restored(module) if self.dead_gamma == "last" else None
-        totals = global_gamma_keep(self._gammas(module, source), max(sparsity - share, 0.0))
+        totals = self._by_gamma([unit.gamma(module, source) for unit in self.units], max(sparsity - share, 0.0))
         return [max(total - keep, 0) for total, keep in zip(totals, keeps)]
 
-    def _gammas(self, module: nn.Module, restored: dict[str, Tensor] | None = None) -> list[Tensor]:
-        return [unit.gamma(module, restored) for unit in self.units]
+    def _by_gamma(self, gammas: list[Tensor | None], sparsity: float) -> list[int]:
+        """Global threshold over the units that have a norm, the same share for those that have none."""
+        counts = uniform_keep(self.widths, sparsity)
+        ranked = [index for index, gamma in enumerate(gammas) if gamma is not None]
+        for index, keep in zip(ranked, global_gamma_keep([gammas[index] for index in ranked], sparsity)):
+            counts[index] = keep
+        return counts
 
     # -- which ------------------------------------------------------------------------------------------------
 
@@ -214,7 +212,7 @@ class CHEX(ChannelPruner):
         """Scores of the masked weights; dead channels rank last."""
         if self.criterion == "si":
             assert features is not None, "the engine collects features for criterion='si'"
-            return features[unit.name]
+            return unit.per_channel(features[unit.name])
         rows = unit.rows(module)
         if self.criterion == "css":
             return css_scores(rows, keep)

@@ -40,38 +40,59 @@ class Unit:
     def rows(self, tensors: dict[str, Tensor] | nn.Module) -> Tensor:
         """Weights that make the channels, ``(channels, elements per channel)``.
 
-        In a grouped convolution the rows at the same offset of every group are one channel.
+        In a grouped convolution the rows at the same offset of every group are one channel. Where several layers
+        make the channels, each channel has the rows of the first one; shorter rows are filled with zeros.
         """
-        slot = next(s for s in self.slots if s.role == "out")
-        weight = _lookup(tensors, slot.tensor).detach()
-        return _per_channel(weight.movedim(slot.axis, 0).flatten(1), slot, self.channels)
+        slots = [slot for slot in self.slots if slot.role == "out"]
+        return self._collect(
+            [(slot, _lookup(tensors, slot.tensor).detach().movedim(slot.axis, 0).flatten(1)) for slot in slots]
+        )[0]
 
     def gamma(self, module: nn.Module, instead: dict[str, Tensor] | None = None) -> Tensor | None:
-        """|scale| of the norm behind the layer, ``(channels,)``, or None when no norm follows.
+        """|scale| of the norm behind the layer, ``(channels,)``, or None where a channel has no norm.
 
         Args:
             module: the scope.
             instead: tensors by name to read rather than the module's.
         """
-        slot = next((s for s in self.slots if s.role == "scale"), None)
-        if slot is None:
-            return None
-        scale = _lookup(module if instead is None else instead, slot.tensor).detach().abs().float().reshape(-1, 1)
-        return _per_channel(scale, slot, self.channels).mean(dim=1)
+        slots = [slot for slot in self.slots if slot.role == "scale"]
+        source = module if instead is None else instead
+        values = [(slot, _lookup(source, slot.tensor).detach().abs().float().reshape(-1, 1)) for slot in slots]
+        collected, covered = self._collect(values) if values else (None, False)
+        return collected.mean(dim=1) if covered else None
+
+    def per_channel(self, outputs: Tensor) -> Tensor:
+        """Figures of the layer's output channels ``(outputs,)`` as figures of the unit's channels (means of copies)."""
+        slot = next(slot for slot in self.slots if slot.role == "out")
+        return self._collect([(slot, outputs.reshape(-1, 1))])[0].mean(dim=1)
+
+    def _collect(self, parts: list[tuple[Slot, Tensor]]) -> tuple[Tensor, bool]:
+        """One row per channel, from the first part that has it, and whether every channel has one."""
+        gathered = [(own, rows) for own, rows in (_per_channel(slot, rows) for slot, rows in parts)]
+        own, rows = gathered[0]
+        if own.numel() == self.channels:
+            return rows, True
+        width = max(rows.shape[1] for _, rows in gathered)
+        result = rows.new_zeros(self.channels, width)
+        missing = torch.ones(self.channels, dtype=torch.bool)
+        for own, rows in gathered:
+            fresh = missing[own]
+            result[own[fresh].to(rows.device), : rows.shape[1]] = rows[fresh.to(rows.device)]
+            missing[own] = False
+        return result, not bool(missing.any())
 
 
 def _lookup(tensors: dict[str, Tensor] | nn.Module, name: str) -> Tensor:
     return get_tensor(tensors, name) if isinstance(tensors, nn.Module) else tensors[name]
 
 
-def _per_channel(rows: Tensor, slot: Slot, channels: int) -> Tensor:
-    """Gather ``rows (axis length, d)`` into ``(channels, copies * d)``."""
-    if slot.channels == tuple(range(channels)):
-        return rows
+def _per_channel(slot: Slot, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Channels that lie along a slot, ascending, and their rows ``(channels there, copies * d)``."""
     own = torch.tensor(slot.channels)
-    chosen = torch.nonzero(own >= 0).flatten()
-    order = chosen[torch.argsort(own[chosen], stable=True)]
-    return rows[order.to(rows.device)].reshape(channels, -1)
+    order = torch.argsort(own, stable=True)
+    order = order[own[order] >= 0]
+    channels = torch.unique(own[order])
+    return channels, rows[order.to(rows.device)].reshape(channels.numel(), -1)
 
 
 def select_units(

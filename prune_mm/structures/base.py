@@ -42,6 +42,9 @@ class Structure(ABC):
             ValueError: naming the module, when it is not the one the structure was made for.
         """
 
+    def prepare(self, module: nn.Module) -> None:
+        """Whatever the compact form needs before the cuts of the stage are made, in place."""
+
     def rewrite(self, module: nn.Module) -> None:
         """Whatever the compact form needs beyond its cuts, in place, after all cuts of the stage are made."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -23,7 +24,7 @@ class ChannelSlice(Structure):
     """The channels of one group that stay.
 
     Masked: every slot of a dead channel is zero (rows, affine parameters and the columns that read it).
-    Compact: the slots are cut, so the layers are narrower.
+    Compact: the slots are cut, so the layers are narrower; see also :attr:`stays`.
 
     Attributes:
         name: name of the channel group.
@@ -50,10 +51,27 @@ class ChannelSlice(Structure):
         mask[list(self.keep)] = True
         return mask
 
+    @cached_property
+    def stays(self) -> Tensor:
+        """Boolean vector over the channels that the compact form holds.
+
+        A group may have several producers side by side (a gate over a concatenation ties them). When all channels of
+        one are dead, one of them stays as zeros, since no layer can have no channel.
+        """
+        stays = self.mask
+        for slot in self.slots:
+            if not bool(slot.kept(stays).any()):
+                stays[slot.channels[0]] = True
+        return stays
+
     def cuts(self) -> list[tuple[str, int, Tensor]]:
         """For each slot the boolean vector over its axis of what stays."""
-        mask = self.mask
-        return [(slot.tensor, slot.axis, slot.kept(mask)) for slot in self.slots]
+        return [(slot.tensor, slot.axis, slot.kept(self.stays)) for slot in self.slots]
+
+    def prepare(self, module: nn.Module) -> None:
+        """Zero dead channels that stay."""
+        if int(self.stays.sum()) > len(self.keep):
+            self.apply_mask(module)
 
     def apply_mask(self, module: nn.Module) -> None:
         """Zero the slots of dead channels in place.
@@ -61,13 +79,14 @@ class ChannelSlice(Structure):
         Raises:
             ValueError: naming the tensor, when ``module`` is not the network the structure was made for.
         """
-        cuts = self.cuts()
-        for name, axis, kept in cuts:
-            check_cut(module, name, {axis: kept})
-        for slot, (name, axis, kept) in zip(self.slots, cuts):
+        mask = self.mask
+        cuts = [(slot, slot.kept(mask)) for slot in self.slots]
+        for slot, kept in cuts:
+            check_cut(module, slot.tensor, {slot.axis: kept})
+        for slot, kept in cuts:
             if slot.role in MASKED_ROLES:
-                tensor = get_tensor(module, name)
-                tensor.data.mul_(along_axis(kept.to(tensor), axis, tensor.ndim))
+                tensor = get_tensor(module, slot.tensor)
+                tensor.data.mul_(along_axis(kept.to(tensor), slot.axis, tensor.ndim))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON."""
@@ -138,12 +157,14 @@ class ShortcutSlice(ChannelSlice):
         if hasattr(end, "scatter_index"):
             raise ValueError(f"the output of '{self.end}' is already scattered")
 
+    def prepare(self, module: nn.Module) -> None:
+        """See :meth:`Structure.prepare`."""
+        for slot in self.slots if self.blank else ():
+            if slot.role in MASKED_ROLES:
+                get_tensor(module, slot.tensor).data.zero_()
+
     def rewrite(self, module: nn.Module) -> None:
-        """Restore the width behind ``end``; a row that stays only so that one does is zero."""
-        if self.blank:
-            for slot in self.slots:
-                if slot.role in MASKED_ROLES:
-                    get_tensor(module, slot.tensor).data.zero_()
+        """Restore the width behind ``end``."""
         width = range(self.channels) if self.sum_keep is None else self.sum_keep
         if len(self.keep) < len(width):
             place = {channel: position for position, channel in enumerate(width)}

@@ -42,7 +42,7 @@ class CompactGroupNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise with the statistics of all original channels, the dead ones being zero."""
-        flat = x.flatten(2)
+        flat = x.reshape(x.shape[0], x.shape[1], -1)
         size = self.channels_per_group * flat.shape[2]
         sums = flat.new_zeros(flat.shape[0], self.num_groups)
         mean = sums.index_add(1, self.group, flat.sum(2)) / size

@@ -161,6 +161,8 @@ def compact_stage(module: nn.Module, stage: Sequence[Structure]) -> None:
         check_cut(module, name, kept)
     for structure in stage:
         structure.check(module)
+    for structure in stage:
+        structure.prepare(module)
     for name, kept in cuts.items():
         cut_tensor(module, name, kept)
     for structure in stage:

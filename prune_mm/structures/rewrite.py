@@ -81,15 +81,16 @@ def _refresh(module: nn.Module) -> None:
 
 def _refresh_conv(conv: nn.Module) -> None:
     rows, columns = conv.weight.shape[:2]
-    if conv.groups > 1 and conv.in_channels == conv.groups:
+    groups = getattr(conv, "groups", 1)
+    if groups > 1 and conv.in_channels == groups:
         # Depthwise: the groups are the channels. A multiplier says how many outputs each has.
         per_group = conv.out_channels // conv.in_channels
         conv.groups = rows if getattr(conv, "transposed", False) else rows // per_group
         conv.in_channels, conv.out_channels = conv.groups, conv.groups * per_group
     elif getattr(conv, "transposed", False):
-        conv.in_channels, conv.out_channels = rows, columns * conv.groups
+        conv.in_channels, conv.out_channels = rows, columns * groups
     else:
-        conv.in_channels, conv.out_channels = columns * conv.groups, rows
+        conv.in_channels, conv.out_channels = columns * groups, rows
 
 
 class ScatterChannels:

@@ -559,3 +559,24 @@ def test_names_on_the_stack_after_an_error():
     with pytest.raises(RuntimeError):
         trace(net, X)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in net.modules())
+
+
+def test_what_cannot_be_checked_is_frozen():
+    dice = Net(lambda n, x: n.b(n.a(x)) + torch.rand(()), a=conv(6, 3), b=conv(2, 6))
+    assert "computes something else at every call" in trace(dice, X)["a"].frozen
+    broken = Net(lambda n, x: n.b(n.a(x)), a=conv(6, 3), b=conv(2, 6))
+    nn.init.constant_(broken.b.bias, float("nan"))
+    assert "not finite (are all weights initialised?)" in trace(broken, X)["a"].frozen
+
+
+def test_conv_like_module_without_groups():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.in_channels, self.out_channels = 6, 5
+            self.weight = nn.Parameter(torch.randn(5, 6, 3, 3))
+
+        def forward(self, x):
+            return F.conv2d(x, self.weight)
+
+    assert names(traced(lambda n, x: n.c(n.b(n.a(x))), a=conv(6, 3), b=Own(), c=conv(2, 5))) == ["a", "b"]

@@ -260,11 +260,11 @@ def test_a_target_out_of_reach_says_what_can_be_reached():
         prepared(tiny(), CHEX({"params": 0.01}))
 
 
-def test_networks_without_norms_are_told_to_allocate_uniformly():
-    module = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 4, 3))
-    with pytest.raises(ValueError, match="allocation='uniform'"):
-        prepared(module, CHEX({"macs": 0.8}))
-    prepared(module, CHEX({"macs": 0.8}, allocation="uniform", regrow_allocation="uniform"))
+def test_layers_without_a_norm_keep_the_uniform_share():
+    bare = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 64, 3), nn.ReLU(), nn.Conv2d(64, 4, 3))
+    pruner = prepared(bare, CHEX({"channels": 0.5}, interval=1, end=2))
+    begin(bare, pruner)
+    assert [int(mask.sum()) for mask in pruner.decide(bare, 2).values()] == [32]
 
 
 def test_nothing_prunable_gives_the_reasons():

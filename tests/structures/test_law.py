@@ -210,4 +210,35 @@ def test_shortcut_whose_rows_all_leave_the_sum():
     compact = assert_law(net, stage, (x,))
     assert compact.blocks[1].down.conv.weight.shape[0] == 1
     dense = Plan("", (stage,)).compact(net)
-    assert float(dense.blocks[1].down.conv.weight.abs().max()) == 0, "also when the weights were not masked before"
+    assert float(dense.blocks[1].down.conv.weight.detach().abs().max()) == 0, (
+        "also when the weights were not masked before"
+    )
+
+
+def test_producers_side_by_side_of_which_one_dies():
+    """A gate over a concatenation ties both branches; when all channels of one are dead, one stays as zeros."""
+    from prune_mm.structures import ChannelSlice
+
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 3), nn.Conv2d(3, 4, 3)
+            self.gate, self.out = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 2, 1)
+
+        def forward(self, x):
+            y = torch.cat([self.a(x), self.b(x)], 1)
+            return self.out(y * self.gate(y.mean((2, 3), keepdim=True)).sigmoid())
+
+    torch.manual_seed(0)
+    net, x = Gated(), torch.randn(2, 3, 7, 6)
+    graph = trace(net, x)
+    (group,) = graph.prunable
+    assert group.channels == 8
+    stage = (ChannelSlice.from_mask(group.name, torch.arange(8) >= 5, group.slots),)
+    compact = assert_law(net, stage, (x,))
+    assert (compact.a.out_channels, compact.b.out_channels, compact.out.in_channels) == (1, 3, 4)
+    net.eval()
+    masked = Plan("", (stage,))
+    with torch.no_grad():
+        again = masked.compact(net)
+    assert float(again.a.weight.detach().abs().max()) == 0, "also when the weights were not masked before"

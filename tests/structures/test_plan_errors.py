@@ -2,6 +2,7 @@
 
 import copy
 import json
+from contextlib import suppress
 
 import pytest
 import torch
@@ -30,7 +31,12 @@ SLOTS = (
 )
 PLAN = Plan(
     "",
-    ((ChannelSlice("0", (0, 2), 4, SLOTS), ShortcutSlice("3", (1,), 2, (Slot("3.weight", 0, (0, 1), "out"),), "3")),),
+    (
+        (
+            ChannelSlice("0", (0, 2), 4, SLOTS),
+            ShortcutSlice("3", (1,), 2, (Slot("3.weight", 0, (0, 1), "out"), Slot("3.bias", 0, (0, 1), "bias")), "3"),
+        ),
+    ),
 )
 
 
@@ -115,7 +121,7 @@ def test_damage_is_named(changes, message):
     ["", "{", "[]", "null", "3", '"plan"', "[" * 100_000, '{"a":' * 50_000, "NaN", "9" * 5000, "\ud800", None, b"\xff"],
 )
 def test_what_is_not_a_plan(text):
-    with pytest.raises(ValueError, match="not valid JSON|not a plan"):
+    with pytest.raises(ValueError, match=r"not valid JSON|not a plan"):
         Plan.from_json(text)
 
 
@@ -129,7 +135,6 @@ def test_what_is_not_a_plan(text):
         ({"stages__0__0__slots__0__axis": 5}, "'0.weight' has shape \\(4, 3, 3, 3\\), the plan expects 4 along axis 5"),
         ({"stages__0__0__slots__0__axis": 1}, "'0.weight' has shape"),
         ({"stages__0__0__slots__0__channels": [0, 1, 2]}, "'0.weight' has shape .* expects 3 along axis 0"),
-        ({"stages__0__0__slots__0__channels": [1, 1, 3, 3]}, "nothing of '0.weight' would stay along axis 0"),
         ({"stages__0__1__end": "8"}, "no module '8' \\(end of shortcut '3'\\)"),
         ({"stages__0__1__end": "2"}, "'2' \\(end of shortcut '3'\\) has no parameters"),
         ({"scope": "head"}, "no module 'head' that the plan is about"),
@@ -146,40 +151,46 @@ def test_another_network_is_left_as_it_was(changes, message):
 
 
 def test_masks_on_another_network():
-    with pytest.raises(ValueError, match="no tensor '3.weight'"):
+    with pytest.raises(ValueError, match=r"no tensor '3.weight'"):
         PLAN.apply_masks(network()[:3])
     other = network()
     other[1] = nn.BatchNorm2d(5)
     before = copy.deepcopy(other.state_dict())
-    with pytest.raises(ValueError, match="'1.weight' has shape \\(5,\\), the plan expects 4"):
+    with pytest.raises(ValueError, match=r"'1.weight' has shape \(5,\), the plan expects 4"):
         PLAN.apply_masks(other)
     assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
 
 
 def test_shapes_of_another_network():
-    with pytest.raises(ValueError, match="'0.weight' has shape \\(5, 3, 3, 3\\), the plan expects 4 along axis 0"):
+    with pytest.raises(ValueError, match=r"'0.weight' has shape \(5, 3, 3, 3\), the plan expects 4 along axis 0"):
         PLAN.shapes({"0.weight": (5, 3, 3, 3)})
-    with pytest.raises(ValueError, match="'0.weight' has shape \\(\\)"):
+    with pytest.raises(ValueError, match=r"'0.weight' has shape \(\)"):
         PLAN.shapes({"0.weight": ()})
     assert PLAN.shapes({"elsewhere": (2, 3)}) == {"elsewhere": (2, 3)}
 
 
 def test_structures_that_disagree():
     other = ChannelSlice("x", (0,), 5, (Slot("0.weight", 0, (0, 1, 2, 3, 4), "out"),))
-    with pytest.raises(ValueError, match="'0.weight' has 4 and 5 along axis 0"):
+    with pytest.raises(ValueError, match=r"'0.weight' has 4 and 5 along axis 0"):
         merge_cuts([*PLAN.stages[0], other])
+
+
+def test_structures_that_leave_nothing():
+    others = [ChannelSlice(name, keep, 4, SLOTS[:1]) for name, keep in (("x", (0,)), ("y", (1, 2)))]
+    with pytest.raises(ValueError, match=r"nothing of '0.weight' would stay along axis 0"):
+        Plan("", (tuple(others),)).compact(network())
 
 
 def test_scattering_twice():
     model = PLAN.compact(network())
     again = Plan("", ((ShortcutSlice("3", (0,), 1, (Slot("3.bias", 0, (0,), "bias"),), "3"),),))
     model[3].bias = nn.Parameter(torch.zeros(1))
-    with pytest.raises(ValueError, match="the output of '3' is already scattered"):
+    with pytest.raises(ValueError, match=r"the output of '3' is already scattered"):
         again.compact(model)
 
 
 def test_masks_of_several_stages_and_of_none():
-    with pytest.raises(ValueError, match="only a plan of one stage has a masked form, this one has 2"):
+    with pytest.raises(ValueError, match=r"only a plan of one stage has a masked form, this one has 2"):
         Plan("", (PLAN.stages[0], PLAN.stages[0])).apply_masks(network())
     model = network()
     Plan("", ()).apply_masks(model)
@@ -216,17 +227,15 @@ def test_any_damage_is_a_value_error_or_a_plan_that_works(path, value, delete):
         del place[path[-1]]
     else:
         place[path[-1]] = value
-    try:
+    with suppress(ValueError):
         plan = Plan.from_json(json.dumps(data))
         plan.apply_masks(network())
         plan.compact(network())
         plan.shapes({name: tuple(p.shape) for name, p in network().named_parameters()})
-    except ValueError as error:
-        assert str(error)
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(JSON)
 def test_any_structure_data_is_a_value_error(value):
-    with pytest.raises(ValueError, match="structure"):
+    with pytest.raises(ValueError, match=r"structure"):
         structure_from_dict(value)
