@@ -8,7 +8,7 @@ from mmengine.config import Config
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from prune_mm.engine.launch import add_common_arguments, check_data, load_config, run_tool
+from prune_mm.engine.launch import add_common_arguments, check_data, latest_checkpoint, load_config, run_tool
 
 
 def parse_args() -> argparse.Namespace:
@@ -40,8 +40,10 @@ def apply_training_options(config: Config, args: argparse.Namespace) -> None:
             raise ValueError("--auto-scale-lr needs auto_scale_lr=dict(base_batch_size=...) in the config")
         config.auto_scale_lr.enable = True
     if args.resume is not None:
-        config.resume = True
-        config.load_from = None if args.resume == "auto" else args.resume
+        checkpoint = latest_checkpoint(config.work_dir) if args.resume == "auto" else args.resume
+        # A run that was stopped before its first checkpoint starts again, from the weights the config names.
+        if checkpoint is not None:
+            config.resume, config.load_from = True, checkpoint
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ def check_checkpoint(model: nn.Module, checkpoint: dict, name: str, whole: bool 
         model: prunable or compact model.
         checkpoint: with the key ``state_dict``, or a bare state dict.
         name: what to call the checkpoint in messages.
-        whole: every parameter must be there, not only those of the pruned scope.
+        whole: every parameter must be there, not only those of the pruned scope; pruning decisions, if any, too.
 
     Raises:
         ValueError: one line naming the checkpoint, the first tensor that does not fit, and what was expected.
@@ -32,6 +32,8 @@ def check_checkpoint(model: nn.Module, checkpoint: dict, name: str, whole: bool 
         for key, tensor in model.state_dict().items()
         if not key.startswith(PRUNER_PREFIX) and (whole or not scope or key.startswith(f"{scope}."))
     }
+    if whole:
+        _check_decisions(model, state, name)
     missing = [key for key in needed if key not in state and not key.endswith("num_batches_tracked")]
     if missing:
         raise ValueError(
@@ -44,6 +46,18 @@ def check_checkpoint(model: nn.Module, checkpoint: dict, name: str, whole: bool 
                 f"{name} is not a checkpoint of this {type(model).__name__}: '{key}' has shape "
                 f"{tuple(state[key].shape)}, the model needs {tuple(tensor.shape)}"
             )
+
+
+def _check_decisions(model: nn.Module, state: dict[str, Tensor], name: str) -> None:
+    """The pruner's tensors fit, or there are none at all."""
+    found = {key: tensor.shape for key, tensor in state.items() if key.startswith(PRUNER_PREFIX)}
+    needed = {key: tensor.shape for key, tensor in model.state_dict().items() if key.startswith(PRUNER_PREFIX)}
+    odd = [key for key in {**needed, **found} if needed.get(key) != found.get(key)]
+    if found and needed and odd:
+        raise ValueError(
+            f"{name} holds the decisions of another pruner, or of other settings than this "
+            f"{type(model.pruner).__name__}: '{odd[0]}' and {len(odd) - 1} more do not fit"
+        )
 
 
 def state_dict_of(checkpoint: dict) -> dict[str, Tensor]:

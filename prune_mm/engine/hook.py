@@ -71,7 +71,8 @@ class PruningHook(Hook):
         self._mask_averages(runner)
         self._watch_optimizer(runner, pruner, module)
         if self.reproducible:
-            make_reproducible(runner.train_dataloader, self._seed(runner))
+            sampler = (runner.cfg.get("train_dataloader") or {}).get("sampler") or {}
+            make_reproducible(runner.train_dataloader, self._seed(runner), runner._resume and "seed" not in sampler)
         self._log(runner)
         print_log(
             f"pruning {type(pruner).__name__} to {getattr(pruner, 'target', '')}: {self._summary(runner)}", "current"

@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 import traceback
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,19 @@ def load_config(args: argparse.Namespace) -> Config:
     elif config.get("work_dir") is None:
         config.work_dir = os.path.join("work_dirs", Path(args.config).stem)
     return config
+
+
+def latest_checkpoint(work_dir: str | os.PathLike) -> str | None:
+    """The checkpoint to resume from; None when there is none yet.
+
+    A process that is killed may leave behind half a checkpoint, or a ``last_checkpoint`` that names none: then it is
+    the newest one that is whole.
+    """
+    pointer = Path(work_dir) / "last_checkpoint"
+    named = [Path(pointer.read_text().strip())] if pointer.is_file() else []
+    saved = [path for pattern in ("epoch_*.pth", "iter_*.pth") for path in Path(work_dir).glob(pattern)]
+    newest_first = sorted(saved, key=lambda path: path.stat().st_mtime, reverse=True)
+    return next((str(path) for path in [*named, *newest_first] if path.is_file() and zipfile.is_zipfile(path)), None)
 
 
 def check_data(config: Config, *loaders: str) -> None:
@@ -114,7 +128,8 @@ def run_tool(main: Callable[[], Any]) -> None:
 
 
 def _raised_here(error: BaseException) -> bool:
-    """Whether the innermost frame is this package's: then the message was written for the user."""
+    """Whether the innermost frame is this package's or the tool's: then the message was written for the user."""
     frames = traceback.extract_tb(error.__traceback__)
-    package = str(Path(__file__).resolve().parents[1])
-    return bool(frames) and os.path.abspath(frames[-1].filename).startswith(package)
+    innermost = Path(frames[-1].filename).resolve() if frames else Path()
+    package, tool = Path(__file__).resolve().parents[1], Path(sys.argv[0]).resolve()
+    return innermost == tool or package in innermost.parents

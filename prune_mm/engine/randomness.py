@@ -47,14 +47,22 @@ class DrawSampler:
 
     def __init__(self, sampler: Any) -> None:
         """Wrap ``sampler``."""
-        self.sampler = sampler
+        self.sampler, self.start = sampler, 0
+        if hasattr(sampler, "skip"):
+            # MMEngine's loops call the inner sampler to pass over what was drawn before a resumed run.
+            self._skip, sampler.skip = sampler.skip, self.skip
 
     def __iter__(self) -> Iterator[Draw]:
         """Number the draws of all ranks together, so that 1 and N processes augment alike."""
         epoch = int(getattr(self.sampler, "epoch", 0) or 0)
         rank, world = dist.get_rank(), dist.get_world_size()
-        for number, index in enumerate(self.sampler):
+        for number, index in enumerate(self.sampler, self.start):
             yield Draw(index, (epoch, number * world + rank))
+
+    def skip(self, draws: int) -> None:
+        """Go on behind the first ``draws`` of this rank."""
+        self.start = draws
+        self._skip(draws)
 
     def __len__(self) -> int:
         """Length of the sampler."""
@@ -92,10 +100,18 @@ def seed_everything(*key: int) -> None:
     torch.manual_seed(int(words[0]))
 
 
-def make_reproducible(dataloader: Any, seed: int) -> None:
-    """Make the augmentations of a training dataloader a function of (seed, epoch, draw). Safe to call twice."""
+def make_reproducible(dataloader: Any, seed: int, reseed: bool = False) -> None:
+    """Make the augmentations of a training dataloader a function of (seed, epoch, draw). Safe to call twice.
+
+    Args:
+        dataloader: not yet iterated.
+        seed: of the run.
+        reseed: also give this seed to the sampler, which was built before a resumed run knew its seed.
+    """
     batch_sampler = getattr(dataloader, "batch_sampler", None)
     sampler = getattr(batch_sampler, "sampler", None)
+    if reseed and hasattr(sampler, "seed"):
+        sampler.seed = seed
     if sampler is not None and not isinstance(sampler, DrawSampler):
         batch_sampler.sampler = DrawSampler(sampler)
     for dataset in _datasets(getattr(dataloader, "dataset", None)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import tempfile
 from collections.abc import Callable
@@ -34,12 +35,15 @@ class CompactFile:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the file at once or not at all."""
+        plan = self.plan.to_json()
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict.items()}
         data = {
             "format": FORMAT,
             "version": VERSION,
-            "plan": self.plan.to_json(),
-            "state_dict": {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict.items()},
+            "plan": plan,
+            "state_dict": state,
             "meta": self.meta,
+            "sha256": _digest(plan, state),
         }
         write_atomically(Path(path), lambda temporary: torch.save(data, temporary))
 
@@ -67,10 +71,21 @@ class CompactFile:
             raise ValueError(f"'{path}' is damaged: 'state_dict' must hold tensors")
         if not isinstance(data.get("plan"), str) or not isinstance(meta, dict):
             raise ValueError(f"'{path}' is damaged: 'plan' must be text and 'meta' a table")
+        if data.get("sha256") != _digest(data["plan"], state):
+            raise ValueError(f"'{path}' was changed after it was written (its sha256 does not match); export it again")
         try:
             return cls(Plan.from_json(data["plan"]), state, meta)
         except ValueError as error:
             raise ValueError(f"'{path}': {error}") from error
+
+
+def _digest(plan: str, state: dict[str, Tensor]) -> str:
+    """SHA-256 over the plan and every tensor's name, type, shape and bytes."""
+    digest = hashlib.sha256(plan.encode())
+    for name, tensor in state.items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def load_into(model: nn.Module, state: dict[str, Tensor], path: str | os.PathLike) -> None:

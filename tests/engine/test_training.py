@@ -188,7 +188,7 @@ def test_accumulated_gradients_are_one_step(images, tmp_path):
 )
 def test_dead_weights_stay_zero_under_any_optimizer(wrapper, images, tmp_path):
     config = tiny.classifier(images, tmp_path)
-    config.optim_wrapper = {"optimizer": {"type": "AdamW", "lr": 1e-3}, **wrapper}
+    config.optim_wrapper = {"optimizer": {"type": "AdamW", "lr": 1e-3, "weight_decay": 0.01}, **wrapper}
     watch = Watch()
     runner = tiny.train(config, watch)
     assert watch.steps > 0

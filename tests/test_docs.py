@@ -1,0 +1,79 @@
+"""What the documents show runs as shown."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+from mmengine.config import Config
+from mmengine.registry import init_default_scope
+
+from prune_mm.engine.compact import without_pretrained
+from prune_mm.graph import trace
+from prune_mm.registry import MODELS, PRUNERS
+
+ROOT = Path(__file__).parents[1]
+
+
+def python_blocks(document: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), flags=re.S)
+
+
+def test_the_config_in_the_readme_builds(tmp_path):
+    config = next(block for block in python_blocks("README.md") if "_base_" in block)
+    path = tmp_path / "my_config.py"
+    path.write_text(config)
+    loaded = Config.fromfile(path)
+    init_default_scope(loaded.default_scope)
+    model = MODELS.build(without_pretrained(loaded.model))
+    assert type(model).__name__ == "MaskRCNN"
+    assert model.pruner.target.value == 0.5
+    assert loaded.custom_hooks == [{"type": "prune_mm.PruningHook"}]
+
+
+def test_the_graph_example_in_the_readme_prints_groups(capsys):
+    exec(next(block for block in python_blocks("README.md") if "trace(" in block), {})
+    shown = capsys.readouterr().out
+    assert "38 channel groups" in shown
+    assert "FROZEN: output of the traced scope" in shown
+
+
+def test_the_method_in_the_design_notes_prunes():
+    names: dict = {}
+    exec(next(block for block in python_blocks("docs/design.md") if "HalfOfEverything" in block), names)
+    try:
+        module = torchvision.models.resnet18()
+        graph = trace(module, torch.randn(1, 3, 64, 64))
+        pruner = names["HalfOfEverything"]({"macs": 0.9})
+        shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
+        pruner.prepare(module, graph, shapes, dict.fromkeys(graph.weights, 1))
+        pruner.commit(module, pruner.start(module), 0)
+        assert pruner.status()["live_channels"] == 0.5
+    finally:
+        PRUNERS._module_dict.pop("HalfOfEverything", None)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").rglob("chex_*.py")), ids=lambda p: p.stem)
+def test_every_config_builds_its_model_and_meets_its_schedule(path):
+    config = Config.fromfile(path)
+    init_default_scope(config.default_scope)
+    model = MODELS.build(without_pretrained(config.model))
+    epochs = config.train_cfg.get("max_epochs")
+    model.pruner.set_schedule(epochs, config.train_cfg.get("max_iters") or 10**6)
+    assert model.pruner.end < (epochs or config.train_cfg.max_iters)
+    assert any(hook.type == "prune_mm.PruningHook" for hook in config.custom_hooks)
+
+
+def test_published_backbones_have_the_published_costs():
+    """MACs of the spec's networks, in units of multiply-adds without the classifier."""
+    ssd = Config.fromfile(ROOT / "configs" / "chex_ssd_r50.py")
+    init_default_scope("mmdet")
+    model = MODELS.build(without_pretrained(ssd.model))
+    assert model.pruner.cost.dense_macs == 13_517_961_984
+    assert len(model.pruner.units) == 29
+    assert model.pruner.cost.dense_channels == 6272
+    half = [unit.channels // 2 for unit in model.pruner.units]
+    assert model.pruner.cost.macs(half) == 5_218_815_744
