@@ -76,16 +76,15 @@ def css_scores(weight: Tensor, keep: int) -> Tensor:
     min(keep, rank). A wide layer (d < C) has no rank to select C columns from and is scored by `l1_scores`.
 
     Null-space vectors do not count: only singular values above the rounding of `weight` enter. Where `keep`
-    exceeds the rank the published code lets arbitrary null-space vectors in, and a dead channel may score 1;
-    here a dead channel always scores 0, and independent alive channels score 1 (5 filters, the third dead,
-    keep 5: [1, 1, 0, 1, 1]).
+    exceeds the rank the published code lets arbitrary null-space vectors in, and a dead channel may get any
+    score; here it scores 0. With keep = C there is nothing to choose and every channel scores 1.
 
     Args:
         weight: (C, ...), output channels first; masked channels are all-zero rows.
         keep: number of channels that are to be kept; more than C counts as C.
 
     Returns:
-        float64 (C,); zeros for keep = 0, in the wide case too.
+        float64 (C,); zeros for keep = 0 (but not in the wide case).
 
     Raises:
         ValueError: `keep` is negative, or `weight` has no output channel or is not finite.
@@ -95,11 +94,13 @@ def css_scores(weight: Tensor, keep: int) -> Tensor:
     if keep < 0:
         raise ValueError(f"keep must be at least 0, got {keep}")
     rows = filter_rows(weight)
+    if rows.shape[1] < rows.shape[0]:
+        return l1_scores(weight)
     scores = torch.zeros(rows.shape[0], dtype=rows.dtype, device=rows.device)
     if keep == 0:
         return scores
-    if rows.shape[1] < rows.shape[0]:
-        return l1_scores(weight)
+    if keep >= rows.shape[0]:
+        return torch.ones_like(scores)
     if not torch.isfinite(rows).all():
         raise ValueError("weight holds NaN or infinite values, which have no leverage score")
     # Dead rows are left out of the decomposition, so that round-off cannot give them a share.

@@ -1,12 +1,12 @@
 # CHEX compresses a ResNet-18 classifier to 50 % of its backbone MACs, on generated images.
-_base_ = '../_base_/demo_resnet18.py'
+_base_ = "../_base_/demo_resnet18.py"
 
 model = dict(
     _delete_=True,
-    type='prune_mm.PrunableModel',
+    type="prune_mm.PrunableModel",
     model=_base_.model,
-    pruner=dict(type='CHEX', target=dict(macs=0.5), initial_regrow=0.3, interval=1, end=8),
-    scope='backbone',
+    pruner=dict(type="CHEX", target=dict(macs=0.5), initial_regrow=0.3, interval=1, end=8),
+    scope="backbone",
     input_size=64,
 )
-custom_hooks = [dict(type='prune_mm.PruningHook')]
+custom_hooks = [dict(type="prune_mm.PruningHook")]

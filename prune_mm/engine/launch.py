@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.config import Config, DictAction
+from mmengine.device import get_device
 
 _HINTS = {
     "CocoDataset": (
@@ -54,7 +56,24 @@ def load_config(args: argparse.Namespace) -> Config:
         config.work_dir = args.work_dir
     elif config.get("work_dir") is None:
         config.work_dir = os.path.join("work_dirs", Path(args.config).stem)
+    if args.launcher != "none" and get_device() == "cpu":
+        distribute_on_cpu(config)
     return config
+
+
+def distribute_on_cpu(config: Config) -> None:
+    """Let several processes train on a machine without a GPU, by gloo.
+
+    MMEngine's launchers choose a CUDA device before anything else, and its default wrapper insists on one.
+    """
+    torch.cuda.set_device = lambda device: None
+    config.merge_from_dict({"env_cfg.dist_cfg.backend": "gloo"})
+    wrapper = config.get("model_wrapper_cfg") or {
+        "type": "MMDistributedDataParallel",
+        "broadcast_buffers": False,
+        "find_unused_parameters": config.get("find_unused_parameters", False),
+    }
+    config.model_wrapper_cfg = {**wrapper, "device_ids": None}
 
 
 def latest_checkpoint(work_dir: str | os.PathLike) -> str | None:

@@ -65,7 +65,8 @@ def _left_out(tracer: ShadowTracer, graph: ChannelGraph) -> dict[str, str]:
     reasons = {}
     for name, parameter in tracer.module.named_parameters(remove_duplicate=False):
         tied = tracer.tied_to(name, parameter)
-        is_matrix = parameter.ndim >= 2 and parameter.numel() > max(parameter.shape)
+        # A vector in the shape of a matrix is a layer scale, unless it is the weight of a layer with one channel.
+        is_matrix = parameter.ndim >= 2 and (parameter.numel() > max(parameter.shape) or name.endswith("weight"))
         if not is_matrix or name in inside or (tied is None and tracer.first_name(parameter) != name):
             continue
         if tied is not None:
@@ -75,7 +76,7 @@ def _left_out(tracer: ShadowTracer, graph: ChannelGraph) -> dict[str, str]:
         elif tracer.slot(name, 0) is not None:
             reason = "no layer before it makes the channels it works on"
         else:
-            reason = tracer.record.lost.get(name, "not used as the weight of a layer")
+            reason = tracer.record.lost.get(name, "not the weight of a convolution or linear layer")
         reasons[name.removesuffix(".weight")] = reason
     return reasons
 

@@ -31,6 +31,7 @@ def freeze_what_fails(module: nn.Module, inputs: tuple, graph: ChannelGraph, see
     pass an operator with sizes come last, since code that hard-codes a width does so there.
     """
     checker = _Checker(module, inputs, seed)
+    together = False
     passed, wanted = 0, CUTS_THROUGH_SIZES if graph.fragile else 1
     while graph.prunable and passed < wanted:
         if checker.failure(graph.prunable) is None:
@@ -43,30 +44,40 @@ def freeze_what_fails(module: nn.Module, inputs: tuple, graph: ChannelGraph, see
             for group in graph.prunable:
                 graph.freeze(group.name, f"no cut can be checked: {cause}")
             return
-        sound = [group for group in graph.prunable if group.name not in graph.fragile]
+        # Small cuts are quick to check. What survives is cut together in the next round, and only if that fails,
+        # does every further check cut it, too.
+        context: list[ChannelGroup] | None = [] if together else None
+        together = True
         fragile = [group for group in graph.prunable if group.name in graph.fragile]
-        accepted: list[ChannelGroup] = []
+        sound = [group for group in graph.prunable if group.name not in graph.fragile]
         for groups in (sound, fragile):
-            for group, failure in _rejected(checker, accepted, groups):
+            for group, failure in _rejected(checker, context, groups):
                 cause = f"{graph.fragile[group.name]}; " if group.name in graph.fragile else ""
                 graph.freeze(group.name, f"the code fixes its width ({cause}{failure})")
 
 
 def _rejected(
-    checker: _Checker, accepted: list[ChannelGroup], groups: list[ChannelGroup]
+    checker: _Checker, context: list[ChannelGroup] | None, groups: list[ChannelGroup]
 ) -> Iterator[tuple[ChannelGroup, str]]:
-    """Add to ``accepted`` the groups that can be cut together with it; yield the others with what went wrong."""
+    """Yield the groups that cannot be cut, with what goes wrong; the others are added to ``context`` if there is one.
+
+    Args:
+        checker: cuts and compares.
+        context: groups that are always cut as well; None to check on its own whatever is checked.
+        groups: what to check: all of it, then halves of what fails.
+    """
     if not groups:
         return
-    failure = checker.failure([*accepted, *groups])
+    failure = checker.failure([*(context or []), *groups])
     if failure is None:
-        accepted.extend(groups)
+        if context is not None:
+            context.extend(groups)
     elif len(groups) == 1:
         yield groups[0], failure
     else:
         middle = len(groups) // 2
-        yield from _rejected(checker, accepted, groups[:middle])
-        yield from _rejected(checker, accepted, groups[middle:])
+        yield from _rejected(checker, context, groups[:middle])
+        yield from _rejected(checker, context, groups[middle:])
 
 
 class _Checker:
@@ -81,24 +92,32 @@ class _Checker:
     def failure(self, groups: list[ChannelGroup]) -> str | None:
         """Cut ``groups`` at random; None when masked and compact agree, else what went wrong."""
         pieces = [self._random_slice(group) for group in groups]
-        with _put_back(self.subject):
-            for name in {slot.tensor for group in groups for slot in group.slots}:
-                set_tensor(self.subject, name, get_tensor(self.subject, name).clone())
+        # The compact form comes first, since most failures are errors that it raises early.
+        try:
+            with self._own_tensors(groups):
+                compact_stage(self.subject, pieces)
+                found = tensors_of(self.subject(*self.inputs))
+        except Exception as error:  # whatever the network's own code raises when its widths do not fit
+            return f"cutting it raises {type(error).__name__}"
+        with self._own_tensors(groups):
             for piece in pieces:
                 piece.apply_mask(self.subject)
             expected = tensors_of(self.subject(*self.inputs))
-            if not all(bool(torch.isfinite(t).all()) for t in expected):
-                return _NOT_FINITE
-            try:
-                compact_stage(self.subject, pieces)
-                found = tensors_of(self.subject(*self.inputs))
-            except Exception as error:  # whatever the network's own code raises when its widths do not fit
-                return f"cutting it raises {type(error).__name__}"
+        if not all(bool(torch.isfinite(t).all()) for t in expected):
+            return _NOT_FINITE
         if [t.shape for t in expected] != [t.shape for t in found]:
             return "cutting it changes the shape of the output"
         if not all(_close(a, b) for a, b in zip(expected, found)):
             return "cutting it changes the output"
         return None
+
+    @contextmanager
+    def _own_tensors(self, groups: list[ChannelGroup]) -> Iterator[None]:
+        """Let the slots of ``groups`` be written to, and put everything back afterwards."""
+        with _put_back(self.subject):
+            for name in {slot.tensor for group in groups for slot in group.slots}:
+                set_tensor(self.subject, name, get_tensor(self.subject, name).clone())
+            yield
 
     def _random_slice(self, group: ChannelGroup) -> ChannelSlice:
         keep = torch.rand(group.channels, generator=self.generator) < 0.6

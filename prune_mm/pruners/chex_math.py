@@ -117,6 +117,7 @@ def regrow_residuals(weight: Tensor, kept: Tensor, pool: Tensor) -> Tensor:
     Source: CHEX, channel regrowing by orthogonal projection.
     """
     rows = filter_rows(weight)
+    kept, pool = (torch.as_tensor(index, dtype=torch.int64, device=rows.device) for index in (kept, pool))
     basis = _row_space(rows[kept], weight.dtype)
     residual = rows[pool]
     for _ in range(2):

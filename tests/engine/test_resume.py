@@ -147,7 +147,7 @@ def test_a_new_run_from_a_pruned_checkpoint_starts_its_own_exploration(images, t
 
 def test_other_methods_and_settings_are_not_resumed(images, trained, tmp_path):
     _, checkpoint = trained("classifier")
-    for pruner in (tiny.UNIFORM, {**tiny.CHEX, "prune_stem": True}, {**tiny.CHEX, "ignore": ["layer1"]}):
+    for pruner in (tiny.UNIFORM, {**tiny.CHEX, "prune_coupled": True}, {**tiny.CHEX, "ignore": ["layer4.1"]}):
         config = tiny.classifier(images, tmp_path, pruner)
         config.load_from, config.resume = str(checkpoint), True
         before = sorted(os.listdir(tmp_path))

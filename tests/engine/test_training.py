@@ -126,7 +126,11 @@ def test_the_log_has_live_channels_macs_and_the_time_left(images, tmp_path):
     assert "pruning CHEX to 50 % of its MACs" in text
     assert "CHEX update 2 at step 2" in text
     assert "run tools/export.py" in text
-    scalars = [json.loads(line) for line in next(Path(tmp_path).glob("*/vis_data/scalars.json")).read_text().split("\n") if line]
+    scalars = [
+        json.loads(line)
+        for line in next(Path(tmp_path).glob("*/vis_data/scalars.json")).read_text().split("\n")
+        if line
+    ]
     last = [entry for entry in scalars if "macs" in entry][-1]
     assert last["macs"] == pytest.approx(runner.model.pruner.status()["macs"])
     assert last["live_channels"] == pytest.approx(runner.model.pruner.status()["live_channels"])

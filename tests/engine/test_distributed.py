@@ -1,0 +1,124 @@
+"""Two processes take the decisions of one, agree about them, and stop together when they do not."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+SABOTEURS = Path(__file__).parent
+
+
+def config_of(images, work_dir, hook=None, pruner=tiny.CHEX, epochs=3):
+    config = tiny.classifier(images, work_dir, pruner, epochs=epochs)
+    config.train_dataloader.batch_size = 8
+    config.custom_hooks = [*config.custom_hooks, {"type": "SaveEachRank"}, *([{"type": hook}] if hook else [])]
+    config.custom_imports.imports = [*config.custom_imports.imports, "saboteurs"]
+    return config
+
+
+def free_port():
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def two_processes(config, folder, *words):
+    """Run tools/train.py on two ranks, and return how they ended."""
+    path, port = tiny.write(config, folder / "train.py"), free_port()
+    ranks = [
+        tiny.Started(
+            folder, "train.py", path, "--launcher", "pytorch", *words, PYTHONPATH=SABOTEURS, RANK=rank, LOCAL_RANK=rank,
+            WORLD_SIZE=2, MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    return [rank.wait() for rank in ranks]
+
+
+def state(folder, rank, epoch):
+    return torch.load(Path(folder) / f"rank{rank}_epoch{epoch}.pt")
+
+
+def pruner_state(state):
+    # Weights of both ranks are averaged and equal; running statistics are each rank's own, and so are their copies.
+    return {k: v for k, v in state.items() if k.startswith("pruner.") and not v.dtype.is_floating_point}
+
+
+def test_both_ranks_hold_the_same_masks(images, tmp_path):
+    first, second = two_processes(config_of(images, tmp_path), tmp_path)
+    assert (first.status, second.status) == (0, 0), first
+    for epoch in range(3):
+        a, b = state(tmp_path, 0, epoch), state(tmp_path, 1, epoch)
+        assert tiny.same(pruner_state(a), pruner_state(b)) == []
+        weights = [key for key in a if key.endswith("weight") and not key.startswith("pruner.")]
+        assert tiny.same({k: a[k] for k in weights}, {k: b[k] for k in weights}) == []
+    assert "CHEX update 2 at step 2" in first.out + first.err
+
+
+def test_decisions_are_those_of_one_process(images, tmp_path):
+    # The first decision and the update after one epoch with no learning rate: same weights, so the same masks. With
+    # learning, batch statistics of 2 x 8 and 1 x 16 images differ, and so may later masks.
+    for folder in ("one", "two"):
+        config = config_of(images, tmp_path / folder, epochs=3)
+        config.optim_wrapper.optimizer = {"type": "SGD", "lr": 0.0}
+        if folder == "two":
+            ends = two_processes(config, tmp_path / folder)
+        else:
+            config.train_dataloader.batch_size = 16
+            path = tiny.write(config, tmp_path / folder / "train.py")
+            ends = [tiny.tool(tmp_path / folder, "train.py", path, PYTHONPATH=SABOTEURS)]
+        assert [end.status for end in ends] == [0] * len(ends), ends
+    for epoch in range(3):
+        one, two = state(tmp_path / "one", 0, epoch), state(tmp_path / "two", 0, epoch)
+        assert tiny.same(pruner_state(one), pruner_state(two)) == []
+    assert int(state(tmp_path / "two", 0, 2)["pruner.updates"]) == 2
+
+
+def test_a_rank_that_differs_stops_the_run(images, tmp_path):
+    ends = two_processes(config_of(images, tmp_path, "FlipMask"), tmp_path)
+    for end in ends:
+        assert end.status not in (0, None), end
+        assert "ranks [1] hold other pruning decisions than rank 0 after the update at step 1" in end.err
+
+
+def test_a_decision_that_fails_reaches_every_rank(images, tmp_path):
+    for end in two_processes(config_of(images, tmp_path, "BreakDecision"), tmp_path):
+        assert end.status not in (0, None), end
+        assert "the pruning decision failed on rank 0: LinAlgError: no convergence" in end.err, end
+
+
+def test_spatial_information_in_two_processes(images, tmp_path):
+    pruner = {**tiny.CHEX, "criterion": "si", "si_batches": 1, "end": 1}
+    first, second = two_processes(config_of(images, tmp_path, pruner=pruner, epochs=2), tmp_path)
+    assert (first.status, second.status) == (0, 0), first
+    assert tiny.same(pruner_state(state(tmp_path, 0, 1)), pruner_state(state(tmp_path, 1, 1))) == []
+
+
+def test_resume_in_two_processes(images, tmp_path):
+    config = config_of(images, tmp_path)
+    assert [end.status for end in two_processes(config, tmp_path)] == [0, 0]
+    before = [state(tmp_path, rank, 2) for rank in (0, 1)]
+    (tmp_path / "last_checkpoint").write_text(str(tmp_path / "epoch_1.pth"))
+    ends = two_processes(config, tmp_path, "--resume")
+    assert [end.status for end in ends] == [0, 0], ends
+    # MMEngine saves rank 0 only, so what each rank measures for itself (running statistics) restarts from rank 0.
+    after = [state(tmp_path, rank, 2) for rank in (0, 1)]
+    for old, new in zip(before, after):
+        weights = [key for key in old if key.endswith(("conv1.weight", "conv2.weight", "fc.weight"))]
+        assert tiny.same({k: old[k] for k in weights}, {k: new[k] for k in weights}) == []
+        assert tiny.same(pruner_state(old), pruner_state(new)) == []
+
+
+@pytest.mark.parametrize("launcher", ["torchrun"])
+def test_a_real_launcher(launcher, images, tmp_path):
+    path = tiny.write(config_of(images, tmp_path, epochs=3), tmp_path / "train.py")
+    words = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
+    end = tiny.cold_tool(
+        tmp_path, *words, tiny.TOOLS / "train.py", path, "--launcher", "pytorch", PYTHONPATH=SABOTEURS
+    )  # fmt: skip
+    assert end.status == 0, end
+    assert tiny.same(pruner_state(state(tmp_path, 0, 2)), pruner_state(state(tmp_path, 1, 2))) == []
