@@ -54,8 +54,12 @@ def classifier(data: Path, work_dir: Path | str, pruner: dict | None = CHEX, epo
     for name in ("train", "val", "test"):
         config[f"{name}_dataloader"].update(batch_size=16)
         config[f"{name}_dataloader"].dataset.update(data_root=str(data), make=make, serialize_data=False)
-    config.train_dataloader.dataset.pipeline[1].scale = 32
-    config.train_pipeline[1].scale = 32
+    config.train_dataloader.dataset.pipeline = [
+        {"type": "LoadImageFromFile"},
+        {"type": "RandomResizedCrop", "scale": 32, "crop_ratio_range": (0.6, 1.0)},
+        {"type": "RandomFlip", "prob": 0.5, "direction": "horizontal"},
+        {"type": "PackInputs"},
+    ]
     return _finish(config, work_dir, pruner, epochs, options, input_size=32)
 
 
@@ -88,8 +92,10 @@ def _detector_data(config: Config, data: Path) -> Config:
     for name in ("train", "val", "test"):
         config[f"{name}_dataloader"].update(batch_size=4)
         config[f"{name}_dataloader"].dataset.update(data_root=str(data), make=make, serialize_data=False)
+        for transform in config[f"{name}_dataloader"].dataset.pipeline:
+            if transform.type == "Resize":
+                transform.scale = (64, 64)
         if name != "train":
-            config[f"{name}_dataloader"].dataset.pipeline[1].scale = (64, 64)
             config[f"{name}_evaluator"].ann_file = f"{data}/annotations/instances_val2017.json"
     return config
 
@@ -235,8 +241,7 @@ def _run_tool(command: list[str], environment: dict[str, str], log: str, folder:
         file = os.open(f"{log}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         os.dup2(file, descriptor)
         os.close(file)
-    sys.stdout = open(1, "w", buffering=1, closefd=False)
-    sys.stderr = open(2, "w", buffering=1, closefd=False)
+    sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", buffering=1, closefd=False) for descriptor in (1, 2))
     os.environ.update(environment)
     os.chdir(folder)
     torch.set_num_threads(1)

@@ -73,7 +73,10 @@ def main() -> None:
     rows = report_rows(report)
     title = f"{report['model']}: {report['scope']} pruned by {report['pruner']} to {report['target']}"
     console = Console()
-    console.print(comparison_table(title, rows))
+    summary = comparison_table(title, rows)
+    # Rich would break the title at the width of the table.
+    summary.title = None
+    console.print(f"\n[bold]{title}[/bold]", summary, sep="\n")
     if args.layers:
         table = Table("layer", "dense", "compact", title="layers")
         for line in layer_lines(report):

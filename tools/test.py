@@ -8,7 +8,7 @@ from pathlib import Path
 
 from mmengine.runner import Runner
 
-from prune_mm.engine.launch import add_common_arguments, check_data, load_config, run_tool
+from prune_mm.engine.launch import add_common_arguments, check_checkpoint_file, check_data, load_config, run_tool
 
 
 def parse_args() -> argparse.Namespace:
@@ -27,8 +27,7 @@ def main() -> None:
     is_compact = str(config.model.get("type")).endswith("CompactModel")
     if args.checkpoint is None and not is_compact:
         raise ValueError("a checkpoint is needed: tools/test.py CONFIG CHECKPOINT")
-    if args.checkpoint is not None and not Path(args.checkpoint).is_file():
-        raise FileNotFoundError(f"no checkpoint at '{args.checkpoint}'")
+    check_checkpoint_file(args.checkpoint)
     check_data(config, "test_dataloader")
     # The weights of an artifact are in its model already.
     config.load_from = args.checkpoint

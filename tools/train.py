@@ -8,7 +8,15 @@ from mmengine.config import Config
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
-from prune_mm.engine.launch import add_common_arguments, check_data, latest_checkpoint, load_config, run_tool
+from prune_mm.engine.launch import (
+    add_common_arguments,
+    check_checkpoint_file,
+    check_data,
+    check_pruning,
+    latest_checkpoint,
+    load_config,
+    run_tool,
+)
 
 
 def parse_args() -> argparse.Namespace:
@@ -51,7 +59,9 @@ def main() -> None:
     args = parse_args()
     config = load_config(args)
     apply_training_options(config, args)
+    check_pruning(config)
     check_data(config, "train_dataloader", "val_dataloader")
+    check_checkpoint_file(config.get("load_from"))
     runner = RUNNERS.build(config) if "runner_type" in config else Runner.from_cfg(config)
     runner.train()
 

@@ -11,9 +11,7 @@ model = dict(
     rpn_head=dict(in_channels=64, feat_channels=64, anchor_generator=dict(scales=[4])),
     roi_head=dict(
         bbox_roi_extractor=dict(out_channels=64, finest_scale=28),
-        bbox_head=dict(
-            in_channels=64, fc_out_channels=256, num_classes=3, loss_bbox=dict(type="L1Loss", loss_weight=2.0)
-        ),
+        bbox_head=dict(in_channels=64, fc_out_channels=256, num_classes=3),
         mask_roi_extractor=dict(out_channels=64, finest_scale=28),
         mask_head=dict(in_channels=64, conv_out_channels=64, num_convs=2, num_classes=3),
     ),
@@ -28,7 +26,7 @@ model = dict(
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
-    dict(type="RandomFlip", prob=0.75, direction=["horizontal", "vertical", "diagonal"]),
+    dict(type="RandomFlip", prob=0.5),
     dict(type="PackDetInputs"),
 ]
 test_pipeline = [
@@ -39,7 +37,7 @@ test_pipeline = [
 ]
 shapes = dict(type="prune_mm.ShapesCoco", data_root="data/shapes", make=dict(train=600, val=150, size=128))
 train_dataloader = dict(
-    batch_size=8,
+    batch_size=4,
     num_workers=0,
     persistent_workers=False,
     dataset=dict(
@@ -76,10 +74,10 @@ optim_wrapper = dict(
     clip_grad=dict(max_norm=10.0),
 )
 param_scheduler = [
-    dict(type="LinearLR", start_factor=0.05, by_epoch=False, begin=0, end=50),
+    dict(type="LinearLR", start_factor=0.05, by_epoch=False, begin=0, end=100),
     dict(type="CosineAnnealingLR", eta_min=1e-5, by_epoch=True, convert_to_iter_based=True, begin=0, end=12, T_max=12),
 ]
-auto_scale_lr = dict(enable=False, base_batch_size=8)
-default_hooks = dict(logger=dict(interval=25), checkpoint=dict(interval=4, max_keep_ckpts=2))
-log_processor = dict(window_size=25)
+auto_scale_lr = dict(enable=False, base_batch_size=4)
+default_hooks = dict(logger=dict(interval=50), checkpoint=dict(interval=4, max_keep_ckpts=2))
+log_processor = dict(window_size=50)
 randomness = dict(seed=0)

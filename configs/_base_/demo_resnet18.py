@@ -6,8 +6,8 @@ model = dict(head=dict(num_classes=6, topk=(1,)))
 data_preprocessor = dict(num_classes=6)
 train_pipeline = [
     dict(type="LoadImageFromFile"),
-    dict(type="RandomResizedCrop", scale=64, crop_ratio_range=(0.6, 1.0)),
-    dict(type="RandomFlip", prob=0.5, direction="horizontal"),
+    dict(type="RandomCrop", crop_size=64, padding=6, padding_mode="reflect"),
+    dict(type="RandomFlip", prob=[0.25, 0.25, 0.25], direction=["horizontal", "vertical", "diagonal"]),
     dict(type="PackInputs"),
 ]
 test_pipeline = [dict(type="LoadImageFromFile"), dict(type="PackInputs")]
@@ -28,12 +28,12 @@ test_dataloader = val_dataloader
 val_evaluator = dict(topk=(1,))
 test_evaluator = val_evaluator
 
-train_cfg = dict(by_epoch=True, max_epochs=12, val_interval=4)
+train_cfg = dict(by_epoch=True, max_epochs=20, val_interval=5)
 optim_wrapper = dict(_delete_=True, optimizer=dict(type="AdamW", lr=1e-3, weight_decay=0.01))
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.05, by_epoch=False, begin=0, end=40),
-    dict(type="CosineAnnealingLR", eta_min=1e-5, by_epoch=True, convert_to_iter_based=True, begin=0, end=12, T_max=12),
+    dict(type="CosineAnnealingLR", eta_min=1e-5, by_epoch=True, convert_to_iter_based=True, begin=0, end=20, T_max=20),
 ]
 auto_scale_lr = dict(base_batch_size=32)
-default_hooks = dict(logger=dict(interval=10), checkpoint=dict(interval=4, max_keep_ckpts=2))
+default_hooks = dict(logger=dict(interval=10), checkpoint=dict(interval=5, max_keep_ckpts=2))
 randomness = dict(_delete_=True, seed=0)

@@ -5,7 +5,7 @@ model = dict(
     _delete_=True,
     type="prune_mm.PrunableModel",
     model=_base_.model,
-    pruner=dict(type="CHEX", target=dict(macs=0.5), initial_regrow=0.3, interval=1, end=8),
+    pruner=dict(type="CHEX", target=dict(macs=0.5), initial_regrow=0.3, interval=1, end=6),
     scope="backbone",
     input_size=128,
 )

@@ -110,6 +110,19 @@ class _Shape:
 # Pictures.
 
 
+@dataclass(frozen=True)
+class _Style:
+    """How busy pictures are: deviation of the background noise (lowest, highest), and strength of shape textures."""
+
+    noise: tuple[float, float]
+    texture: float
+
+
+_BUSY = _Style(noise=(0.05, 0.13), texture=1.0)
+# One label an image teaches much less than boxes and masks, so a classifier gets calmer pictures to learn from.
+_CALM = _Style(noise=(0.02, 0.04), texture=0.4)
+
+
 @lru_cache(maxsize=64)
 def _upsampling(cells: int, size: int) -> Floats:
     """Smoothstep weights, (size, cells + 1), that spread a line of grid values over ``size`` pixels."""
@@ -133,7 +146,7 @@ def _noise(rng: np.random.Generator, size: int, cells: Sequence[int], channels: 
     return noise.transpose(1, 2, 0) / (noise.std() + 1e-6)
 
 
-def _background(rng: np.random.Generator, size: int) -> Floats:
+def _background(rng: np.random.Generator, size: int, style: _Style) -> Floats:
     """A colour gradient under multi-scale colour noise, (size, size, 3)."""
     start, end = rng.uniform(0.15, 0.85, (2, 3)).astype(np.float32)
     angle = rng.uniform(0, 2 * math.pi)
@@ -142,7 +155,7 @@ def _background(rng: np.random.Generator, size: int) -> Floats:
     gradient = start + (end - start) * 0.6 * ramp[..., None]
     grey = rng.uniform(0, 1)
     noise = grey * _noise(rng, size, (3, 6, 12, 24), 1) + (1 - grey) * _noise(rng, size, (2, 4, 8, 16), 3)
-    return gradient + rng.uniform(0.05, 0.13) * noise
+    return gradient + rng.uniform(*style.noise) * noise
 
 
 def _texture(rng: np.random.Generator, shape: _Shape, size: int) -> Floats:
@@ -161,7 +174,7 @@ def _texture(rng: np.random.Generator, shape: _Shape, size: int) -> Floats:
     return np.clip(0.5 + np.sin(2 * math.pi * along / period + rng.uniform(0, 2 * math.pi)), 0, 1)
 
 
-def _paint(rng: np.random.Generator, image: Floats, shape: _Shape) -> None:
+def _paint(rng: np.random.Generator, image: Floats, shape: _Shape, style: _Style) -> None:
     """Draw ``shape`` over ``image`` (size, size, 3) in place, anti-aliased over one pixel."""
     size = image.shape[0]
     alpha = np.clip(0.5 - shape.distance(size), 0, 1)[..., None].astype(np.float32)
@@ -172,16 +185,16 @@ def _paint(rng: np.random.Generator, image: Floats, shape: _Shape) -> None:
     second = first + 0.5 * (other - first)
     gaps = [np.linalg.norm(gap, axis=1) for gap in (first - below, second - below, 1.5 * (first - second))]
     best = int(np.min(gaps, axis=0).argmax())
-    weight = _texture(rng, shape, size)
+    weight = style.texture * _texture(rng, shape, size)
     colour = first[best] * (1 - weight) + second[best] * weight
     image += alpha * (colour - image)
 
 
-def _render(rng: np.random.Generator, shapes: Sequence[_Shape], size: int) -> Image.Image:
+def _render(rng: np.random.Generator, shapes: Sequence[_Shape], size: int, style: _Style) -> Image.Image:
     """Background, shapes in order, faint sensor noise; an RGB image of ``size`` x ``size``."""
-    image = _background(rng, size)
+    image = _background(rng, size, style)
     for shape in shapes:
-        _paint(rng, image, shape)
+        _paint(rng, image, shape, style)
     image += 0.015 * rng.standard_normal(image.shape, np.float32)
     return Image.fromarray((np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8))
 
@@ -289,7 +302,7 @@ def _write_coco_split(folder: Path, split: str, split_id: int, count: int, args:
         rng = np.random.default_rng([args["seed"], split_id, index])
         objects = _layout(rng, size, args["max_objects"])
         name = f"{index + 1:012d}.jpg"
-        picture = _render(rng, [shape for shape, _ in objects], size)
+        picture = _render(rng, [shape for shape, _ in objects], size, _BUSY)
         # Full colour resolution: halving it would blur the outlines of the smallest shapes.
         picture.save(folder / split / name, quality=95, subsampling=0)
         images.append({"id": index + 1, "file_name": name, "height": size, "width": size})
@@ -392,14 +405,14 @@ def make_shapes_imagefolder(
 
 
 def _write_folder_split(folder: Path, split_id: int, per_class: int, size: int, seed: int) -> None:
-    radii = (max(MIN_RADIUS, 0.17 * size), 0.42 * size)
+    radii = (0.3 * size, 0.45 * size)
     for name in FOLDER_CLASSES:
         (folder / name).mkdir(parents=True)
     for index in _progress(per_class, f"shapes {folder.name}"):
         for label, name in enumerate(FOLDER_CLASSES):
             rng = np.random.default_rng([seed, split_id, index, label])
             shape = _Shape.sample(rng, name, size, radii)
-            _render(rng, [shape], size).save(folder / name / f"{index:05d}.png")
+            _render(rng, [shape], size, _CALM).save(folder / name / f"{index:05d}.png")
 
 
 def _parser() -> argparse.ArgumentParser:

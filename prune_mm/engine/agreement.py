@@ -21,16 +21,18 @@ def decided_on_rank_0(decide: Callable[[], Decision]) -> Decision:
     if dist.get_world_size() == 1:
         return decide()
     message: list = [None, None]
+    cause = None
     if dist.get_rank() == 0:
         try:
             decision = {name: tensor.cpu() for name, tensor in decide().items()}
             message = [None, {name: (tuple(t.shape), str(t.dtype)) for name, t in decision.items()}]
         except Exception as error:
+            cause = error
             message = [f"{type(error).__name__}: {error}", None]
     dist.broadcast_object_list(message, src=0)
     failure, layout = message
     if failure is not None:
-        raise RuntimeError(f"the pruning decision failed on rank 0: {failure}")
+        raise RuntimeError(f"the pruning decision failed on rank 0: {failure}") from cause
     if dist.get_rank() != 0:
         decision = {n: torch.zeros(s, dtype=getattr(torch, d.rpartition(".")[2])) for n, (s, d) in layout.items()}
     return {name: _broadcast(tensor) for name, tensor in decision.items()}

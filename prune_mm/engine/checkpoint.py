@@ -23,17 +23,17 @@ def check_checkpoint(model: nn.Module, checkpoint: dict, name: str, whole: bool 
     Raises:
         ValueError: one line naming the checkpoint, the first tensor that does not fit, and what was expected.
     """
+    if not isinstance(checkpoint, dict):
+        raise ValueError(f"{name} holds a {type(checkpoint).__name__}, not a checkpoint")
     if checkpoint.get("format") == "prune_mm.compact" and hasattr(model, "pruner"):
         raise ValueError(f"{name} is a compact artifact; load it through type='prune_mm.CompactModel', not here")
-    state = state_dict_of(checkpoint)
+    state = state_dict_of(checkpoint, name)
     scope = getattr(model, "prune_scope", "")
     needed = {
         key: tensor
         for key, tensor in model.state_dict().items()
         if not key.startswith(PRUNER_PREFIX) and (whole or not scope or key.startswith(f"{scope}."))
     }
-    if whole:
-        _check_decisions(model, state, name)
     missing = [key for key in needed if key not in state and not key.endswith("num_batches_tracked")]
     if missing:
         raise ValueError(
@@ -46,6 +46,8 @@ def check_checkpoint(model: nn.Module, checkpoint: dict, name: str, whole: bool 
                 f"{name} is not a checkpoint of this {type(model).__name__}: '{key}' has shape "
                 f"{tuple(state[key].shape)}, the model needs {tuple(tensor.shape)}"
             )
+    if whole:
+        _check_decisions(model, state, name)
 
 
 def _check_decisions(model: nn.Module, state: dict[str, Tensor], name: str) -> None:
@@ -60,7 +62,7 @@ def _check_decisions(model: nn.Module, state: dict[str, Tensor], name: str) -> N
         )
 
 
-def state_dict_of(checkpoint: dict) -> dict[str, Tensor]:
+def state_dict_of(checkpoint: dict, name: str = "the file") -> dict[str, Tensor]:
     """The state dict of a checkpoint, without wrapper prefixes.
 
     Raises:
@@ -68,7 +70,7 @@ def state_dict_of(checkpoint: dict) -> dict[str, Tensor]:
     """
     state: Any = checkpoint.get("state_dict", checkpoint)
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
-        raise ValueError("the file holds no state dict")
+        raise ValueError(f"{name} holds no state dict")
     return {key.removeprefix("module."): value for key, value in state.items() if isinstance(value, Tensor)}
 
 

@@ -23,11 +23,14 @@ from prune_mm.engine.compact import compact_model, without_pretrained
 from prune_mm.engine.prunable import pruned_module
 from prune_mm.engine.scope import get_scope, scope_inputs, scope_positions
 from prune_mm.export.compact_file import CompactFile
-from prune_mm.export.law import check_law, largest_difference
+from prune_mm.export.law import check_law, largest_difference, outputs_of
+from prune_mm.graph.trace import in_eval_mode
 from prune_mm.structures import Plan
 from prune_mm.structures.plan import count_macs
 
 ARTIFACT_FILES = ("compact.pth", "model.safetensors", "config.py", "plan.json", "report.json")
+#: What else may be in an artifact's folder and is replaced with it.
+EXTRA_FILES = ("report.html", "model.onnx", "__pycache__")
 
 
 def export(config: Config, checkpoint: str | os.PathLike, out: str | os.PathLike, overwrite: bool = False) -> dict:
@@ -157,6 +160,9 @@ def _free_target(out: Path, overwrite: bool) -> Path:
             raise FileExistsError(f"'{out}' exists and is not an artifact; choose another folder")
         if any(out.iterdir()) and not overwrite:
             raise FileExistsError(f"'{out}' already holds an artifact; choose another folder or pass --overwrite")
+        foreign = sorted(path.name for path in out.iterdir() if path.name not in (*ARTIFACT_FILES, *EXTRA_FILES))
+        if foreign:
+            raise FileExistsError(f"'{out}' also holds '{foreign[0]}', which is no part of an artifact; move it away")
     return out
 
 
@@ -203,9 +209,17 @@ def _fill(folder: Path, source: _Source) -> dict:
 
 
 def _check_inputs(model: nn.Module, scope: str, size: tuple[int, int]) -> list[tuple[Any, ...]]:
-    """Inputs of two sizes: the law must not depend on the one that was traced."""
-    side = min(size)
-    return [scope_inputs(model, scope, (s, s)) for s in (side, side + 32)]
+    """Inputs of two sizes, where the model takes two: the law must not depend on the one that was traced."""
+    module, side, found = get_scope(model, scope), min(size), []
+    with in_eval_mode(model), torch.no_grad():
+        for shape in ((side, side), (side + 32, side + 32), size):
+            try:
+                inputs = scope_inputs(model, scope, shape)
+                outputs_of(module, inputs)
+            except (RuntimeError, AssertionError, IndexError):  # some networks take images of one size only
+                continue
+            found.append(inputs)
+    return found[:2]
 
 
 def _report(source: _Source) -> dict[str, Any]:

@@ -86,7 +86,39 @@ def latest_checkpoint(work_dir: str | os.PathLike) -> str | None:
     named = [Path(pointer.read_text().strip())] if pointer.is_file() else []
     saved = [path for pattern in ("epoch_*.pth", "iter_*.pth") for path in Path(work_dir).glob(pattern)]
     newest_first = sorted(saved, key=lambda path: path.stat().st_mtime, reverse=True)
-    return next((str(path) for path in [*named, *newest_first] if path.is_file() and zipfile.is_zipfile(path)), None)
+    return next((str(path) for path in [*named, *newest_first] if path.is_file() and _is_whole(path)), None)
+
+
+def check_checkpoint_file(path: str | None) -> None:
+    """Look at a checkpoint before everything is built for it; addresses are left to MMEngine.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: when it is cut short or something else.
+    """
+    if path is None or "://" in path:
+        return
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no checkpoint at '{path}'")
+    if not _is_whole(Path(path)):
+        raise ValueError(f"'{path}' is damaged or not a checkpoint")
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether this looks like what ``torch.save`` writes: a ZIP file, or a pickle as before PyTorch 1.6."""
+    with path.open("rb") as file:
+        return zipfile.is_zipfile(file) or (file.seek(0) == 0 and file.read(1) == b"\x80")
+
+
+def check_pruning(config: Config) -> None:
+    """A prunable model is pruned by its hook; without it the training would be dense, and say nothing.
+
+    Raises:
+        ValueError: when the hook is missing.
+    """
+    kinds = [str(hook.get("type")).rpartition(".")[2] for hook in config.get("custom_hooks") or []]
+    if str(config.model.get("type")).rpartition(".")[2] == "PrunableModel" and "PruningHook" not in kinds:
+        raise ValueError("a PrunableModel needs custom_hooks=[dict(type='prune_mm.PruningHook')], or nothing is pruned")
 
 
 def check_data(config: Config, *loaders: str) -> None:

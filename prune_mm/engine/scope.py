@@ -30,16 +30,16 @@ def get_scope(model: nn.Module, scope: str) -> nn.Module:
     raise ValueError(f"scope={scope!r} names no module of {type(model).__name__}; there are: {names}")
 
 
-def trace_scope(model: nn.Module, scope: str) -> ChannelGraph:
-    """Trace the scope on the smallest image its code accepts.
+def trace_scope(model: nn.Module, scope: str, input_size: tuple[int, int] | None = None) -> ChannelGraph:
+    """Trace the scope on the smallest image its code accepts, or on one of ``input_size`` when it takes no other.
 
     Raises:
         ValueError: when no image size works, with the last error.
     """
     module, error = get_scope(model, scope), None
-    for size in _TRACE_SIZES:
+    for size in [*((side, side) for side in _TRACE_SIZES), *([input_size] if input_size else [])]:
         try:
-            return trace(module, scope_inputs(model, scope, (size, size)))
+            return trace(module, scope_inputs(model, scope, size))
         except (RuntimeError, AssertionError, IndexError) as failure:
             error = failure
     raise ValueError(f"scope={scope!r} cannot be run on an image: {error}") from error

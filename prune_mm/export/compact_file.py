@@ -67,8 +67,8 @@ class CompactFile:
         if data.get("version") != VERSION:
             raise ValueError(f"'{path}' has version {data.get('version')!r}, this prune_mm reads version {VERSION}")
         state, meta = data.get("state_dict"), data.get("meta")
-        if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-            raise ValueError(f"'{path}' is damaged: 'state_dict' must hold tensors")
+        if not isinstance(state, dict) or not all(_is_plain(value) for value in state.values()):
+            raise ValueError(f"'{path}' is damaged: 'state_dict' must hold dense tensors")
         if not isinstance(data.get("plan"), str) or not isinstance(meta, dict):
             raise ValueError(f"'{path}' is damaged: 'plan' must be text and 'meta' a table")
         if data.get("sha256") != _digest(data["plan"], state):
@@ -77,6 +77,12 @@ class CompactFile:
             return cls(Plan.from_json(data["plan"]), state, meta)
         except ValueError as error:
             raise ValueError(f"'{path}': {error}") from error
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether this is a tensor whose bytes one can read."""
+    is_dense = isinstance(value, Tensor) and value.layout is torch.strided
+    return is_dense and value.device.type == "cpu" and not value.is_quantized
 
 
 def _digest(plan: str, state: dict[str, Tensor]) -> str:
@@ -104,6 +110,9 @@ def load_into(model: nn.Module, state: dict[str, Tensor], path: str | os.PathLik
                 f"'{path}' does not fit its config: '{name}' has shape {tuple(state[name].shape)}, "
                 f"the plan makes {tuple(own[name].shape)}"
             )
+        if own[name].dtype != state[name].dtype:
+            kinds = f"{state[name].dtype}, not {own[name].dtype}"
+            raise ValueError(f"'{path}' does not fit its config: '{name}' is {kinds}")
     model.load_state_dict(state)
 
 

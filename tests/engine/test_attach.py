@@ -108,6 +108,7 @@ def test_a_model_is_wrapped_once(images):
         ("maskrcnn", "backbone.layer3", tiny.CHEX),
         ("maskrcnn", "neck", {**tiny.UNIFORM, "prune_coupled": True, "prune_stem": True}),
         ("ssd", "neck", {**tiny.UNIFORM, "prune_stem": True}),
+        ("ssd", "neck", {**tiny.CHEX, "prune_stem": True}),  # convolutions without norms
     ],
 )
 def test_any_module_that_extracts_features_may_be_pruned(kind, scope, pruner, images, coco, tmp_path):
@@ -120,6 +121,35 @@ def test_any_module_that_extracts_features_may_be_pruned(kind, scope, pruner, im
     report = export(config, tmp_path / "epoch_3.pth", tmp_path / "artifact")
     assert report["scope"] == scope
     assert report["macs"]["compact"] <= 0.5 * report["macs"]["dense"]
+
+
+def test_the_hidden_layers_of_a_transformer_are_pruned(images, tmp_path):
+    from prune_mm.engine.exporter import export
+
+    config = tiny.classifier(images, tmp_path, {**tiny.UNIFORM, "target": {"macs": 0.7}}, epochs=1)
+    config.model.model = {
+        "type": "ImageClassifier",
+        "backbone": {"type": "VisionTransformer", "arch": "deit-t", "img_size": 32, "patch_size": 16},
+        "head": {"type": "VisionTransformerClsHead", "num_classes": 6, "in_channels": 192},
+    }
+    assert tiny.train(config).model.pruner.status()["macs"] <= 0.7
+    report = export(config, tmp_path / "epoch_1.pth", tmp_path / "artifact")
+    assert report["macs"]["compact"] <= 0.7 * report["macs"]["dense"]
+
+
+def test_a_network_that_takes_one_image_size_only(images, tmp_path):
+    from prune_mm.engine.exporter import export
+
+    config = tiny.classifier(images, tmp_path, {**tiny.UNIFORM, "target": {"macs": 0.7}}, epochs=1)
+    config.model.model = {
+        "type": "ImageClassifier",
+        "backbone": {"type": "MlpMixer", "arch": "s", "img_size": 32, "patch_size": 16},
+        "neck": {"type": "GlobalAveragePooling", "dim": 1},
+        "head": {"type": "LinearClsHead", "num_classes": 6, "in_channels": 512},
+    }
+    tiny.train(config)
+    report = export(config, tmp_path / "epoch_1.pth", tmp_path / "artifact")
+    assert report["macs"]["compact"] <= 0.7 * report["macs"]["dense"]
 
 
 def test_what_cannot_be_pruned_says_why(coco):

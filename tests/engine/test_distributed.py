@@ -88,7 +88,7 @@ def test_a_rank_that_differs_stops_the_run(images, tmp_path):
 def test_a_decision_that_fails_reaches_every_rank(images, tmp_path):
     for end in two_processes(config_of(images, tmp_path, "BreakDecision"), tmp_path):
         assert end.status not in (0, None), end
-        assert "the pruning decision failed on rank 0: LinAlgError: no convergence" in end.err, end
+        assert "the pruning decision failed on rank 0: _LinAlgError: no convergence" in end.err, end
 
 
 def test_spatial_information_in_two_processes(images, tmp_path):

@@ -157,7 +157,7 @@ class Calls(Hook):
 
     def before_train(self, runner):
         pruner, optimizer = runner.model.pruner, runner.optim_wrapper.optimizer
-        original, step = pruner.after_step, optimizer.step
+        original = pruner.after_step
         pruner.before_step = lambda module: self.count("before")
         pruner.after_step = lambda module: (self.count("after"), original(module))
         optimizer.register_step_post_hook(lambda *_: self.count("steps"))
