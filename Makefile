@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+WORKERS ?= 2
 # Two threads per process suit small machines; more only make the operators of small networks wait for each other.
 export OMP_NUM_THREADS ?= 2
 
@@ -10,8 +11,9 @@ export OMP_NUM_THREADS ?= 2
 demo: $(VENV)/.runtime
 	$(BIN)/python tools/compress.py configs/demo/chex_maskrcnn.py --work-dir work_dirs/demo
 
+# Two workers with one thread each: operators of tiny networks gain nothing from more.
 test: $(VENV)/.tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 lint: $(VENV)/.tests
 	$(BIN)/ruff check .

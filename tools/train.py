@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from mmengine.config import Config
+from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
@@ -41,6 +42,8 @@ def apply_training_options(config: Config, args: argparse.Namespace) -> None:
         kind = config.optim_wrapper.get("type", "OptimWrapper")
         if kind not in ("OptimWrapper", "AmpOptimWrapper"):
             raise ValueError(f"--amp is not supported with optim_wrapper.type={kind!r}")
+        if get_device() == "cpu":
+            raise ValueError("--amp needs a GPU; MMEngine's AmpOptimWrapper does not run on a CPU")
         config.optim_wrapper.type = "AmpOptimWrapper"
         config.optim_wrapper.setdefault("loss_scale", "dynamic")
     if args.auto_scale_lr:

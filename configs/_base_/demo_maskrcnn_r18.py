@@ -66,7 +66,7 @@ test_dataloader = val_dataloader
 val_evaluator = dict(ann_file="data/shapes/annotations/instances_val2017.json")
 test_evaluator = val_evaluator
 
-train_cfg = dict(max_epochs=12, val_interval=4)
+train_cfg = dict(max_epochs=12, val_interval=6)
 optim_wrapper = dict(
     _delete_=True,
     type="OptimWrapper",
@@ -78,6 +78,6 @@ param_scheduler = [
     dict(type="CosineAnnealingLR", eta_min=1e-5, by_epoch=True, convert_to_iter_based=True, begin=0, end=12, T_max=12),
 ]
 auto_scale_lr = dict(enable=False, base_batch_size=4)
-default_hooks = dict(logger=dict(interval=50), checkpoint=dict(interval=4, max_keep_ckpts=2))
+default_hooks = dict(logger=dict(interval=50), checkpoint=dict(interval=3, max_keep_ckpts=2))
 log_processor = dict(window_size=50)
 randomness = dict(seed=0)

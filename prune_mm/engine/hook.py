@@ -36,6 +36,8 @@ class PruningHook(Hook):
         """See the class."""
         self.reproducible = reproducible
         self._optimizer_hooks: list[Any] = []
+        # Counting live channels waits for the device, so it is done when decisions change, not every iteration.
+        self._status: dict[str, float] = {}
 
     # -- before anything is trained -------------------------------------------------------------------------------
 
@@ -68,6 +70,7 @@ class PruningHook(Hook):
         else:
             pruner.mask(module)
             check_agreement(pruner, step=int(pruner.last_update))
+            self._status = pruner.status()
         self._mask_averages(runner)
         self._watch_optimizer(runner, pruner, module)
         if self.reproducible:
@@ -144,6 +147,7 @@ class PruningHook(Hook):
         model = unwrapped(runner.model)
         model.pruner.commit(pruned_module(model), decision, step)
         check_agreement(model.pruner, step)
+        self._status = model.pruner.status()
 
     def _features(self, runner: Runner, model: nn.Module) -> dict[str, Tensor] | None:
         """Feature maps from a loader of its own, so that the training loader loses no batch."""
@@ -177,7 +181,7 @@ class PruningHook(Hook):
                 average.pruner.mask(pruned_module(average))
 
     def _log(self, runner: Runner) -> None:
-        for name, value in self.pruner(runner).status().items():
+        for name, value in self._status.items():
             runner.message_hub.update_scalar(f"train/{name}", value)
 
     def _summary(self, runner: Runner) -> str:

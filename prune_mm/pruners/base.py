@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from prune_mm.allocation import fit_to_budget, round_channels, uniform_keep
 from prune_mm.graph import ChannelGraph
+from prune_mm.pruners.options import check_flag, check_integer, check_patterns
 from prune_mm.pruners.target import Target
 from prune_mm.pruners.units import CostModel, Unit, select_units
 from prune_mm.structures import Structure
@@ -136,7 +137,7 @@ class ChannelPruner(Pruner):
         min_channels: smallest width any layer may get.
         round_to: widths become multiples of this (hardware likes 8); 1: exact published counts.
         prune_shortcuts: also zero rows of shortcut projections.
-        prune_stem: also prune the layer that reads the image.
+        prune_stem: also prune layers that read the input of the scope (of a backbone: the image).
         prune_coupled: also prune channels that residual adds tie across blocks.
         ignore: regular expressions of layer names that stay dense.
         seed: seed of every random choice.
@@ -159,8 +160,12 @@ class ChannelPruner(Pruner):
         """See the class."""
         super().__init__()
         self.target = Target.parse(target)
-        check_at_least("min_channels", min_channels, 1)
-        check_at_least("round_to", round_to, 1)
+        check_integer("min_channels", min_channels, 1)
+        check_integer("round_to", round_to, 1)
+        check_integer("seed", seed, 0)
+        check_patterns("ignore", ignore)
+        for name, flag in (("shortcuts", prune_shortcuts), ("stem", prune_stem), ("coupled", prune_coupled)):
+            check_flag(f"prune_{name}", flag)
         self.min_channels, self.round_to, self.seed = min_channels, round_to, seed
         self._select = {"shortcuts": prune_shortcuts, "stem": prune_stem, "coupled": prune_coupled, "ignore": ignore}
         self.masks = TensorBank()
@@ -173,6 +178,7 @@ class ChannelPruner(Pruner):
         """Select units, register masks, and check that the target can be met."""
         self.units = select_units(graph, **self._select)
         self.cost = CostModel(shapes, positions, self.units)
+        self.target.check(self.cost.dense(self.target.kind))
         for unit in self.units:
             self.masks.put(unit.name, torch.ones(unit.channels, dtype=torch.bool))
         self.uniform_sparsity()
@@ -276,16 +282,3 @@ class ChannelPruner(Pruner):
             "live_channels": sum(counts) / self.cost.dense_channels,
             "macs": self.cost.macs(counts) / max(self.cost.dense_macs, 1),
         }
-
-
-def check_at_least(name: str, value: Any, least: float) -> None:
-    """Raise ValueError naming the argument when ``value`` is no number of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= least:
-        raise ValueError(f"{name}={value!r} must be a number of at least {least}")
-
-
-def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
-    """Raise ValueError naming the argument and the choices."""
-    choices = list(choices)
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} must be one of {', '.join(choices)}")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from prune_mm.allocation import global_gamma_keep, uniform_keep
 from prune_mm.criteria import css_scores, l1_scores, laplacian_scores
 from prune_mm.graph import ChannelGraph
-from prune_mm.pruners.base import ChannelPruner, Decision, TensorBank, check_at_least, check_choice
+from prune_mm.pruners.base import ChannelPruner, Decision, TensorBank
 from prune_mm.pruners.chex_math import (
     rank_channels,
     regrow_residuals,
@@ -22,6 +22,7 @@ from prune_mm.pruners.chex_math import (
     uniform_regrow,
     uniform_regrow_count,
 )
+from prune_mm.pruners.options import check_choice, check_flag, check_integer, check_positive, check_share
 from prune_mm.pruners.target import Target
 from prune_mm.pruners.uniform import top_mask
 from prune_mm.pruners.units import Unit
@@ -94,14 +95,13 @@ class CHEX(ChannelPruner):
         check_choice("regrow_allocation", regrow_allocation, ("gamma", "uniform"))
         check_choice("dead_gamma", dead_gamma, ("zero", "last"))
         check_choice("regrow", regrow, ("importance", "uniform"))
-        check_at_least("interval", interval, 1)
-        check_at_least("si_batches", si_batches, 1)
-        if not 0.0 <= initial_regrow < 1.0:
-            raise ValueError(f"initial_regrow={initial_regrow!r} must be a share in [0, 1)")
-        if not temperature > 0.0:
-            raise ValueError(f"temperature={temperature!r} must be positive")
+        check_integer("interval", interval, 1)
+        check_integer("si_batches", si_batches, 1)
+        check_share("initial_regrow", initial_regrow)
+        check_positive("temperature", temperature)
+        check_flag("by_epoch", by_epoch)
         if end is not None:
-            check_at_least("end", end, 1)
+            check_integer("end", end, 1)
         self.initial_regrow, self.interval, self.end, self.by_epoch = initial_regrow, interval, end, by_epoch
         self.criterion, self.allocation, self.regrow_allocation = criterion, allocation, regrow_allocation
         self.dead_gamma, self.regrow, self.temperature = dead_gamma, regrow, temperature

@@ -49,6 +49,11 @@ class Target:
             raise ValueError(f"target {kind}={value!r} must be positive")
         return cls(kind, 1.0 if value == 1 else value)
 
+    def check(self, dense: int) -> None:
+        """Raise ValueError when an absolute budget is above the cost of the dense scope."""
+        if isinstance(self.value, int) and self.value > dense:
+            raise ValueError(f"target {self} is above the dense scope, which has {dense:,} {self.noun}")
+
     def budget(self, dense: int) -> float:
         """The budget in the unit of ``dense``, the cost of the dense scope."""
         return self.value * dense if isinstance(self.value, float) else float(self.value)

@@ -107,7 +107,7 @@ def select_units(
     Args:
         graph: the traced scope.
         shortcuts: include the rows of shortcut projections.
-        stem: include the layer that reads the image.
+        stem: include layers that read the input of the scope.
         coupled: include groups that residual adds tie across blocks.
         ignore: regular expressions; a unit whose layer name one of them matches (from its start) is left out.
 
@@ -128,10 +128,23 @@ def select_units(
             raise ValueError(f"ignore pattern '{pattern}' matches no prunable layer; there are: {names}, ...")
     units = [unit for unit in units if not any(re.match(pattern, unit.name) for pattern in ignore)]
     if not units:
-        reasons = "; ".join(graph.why_not()[:8]) or "no convolution or linear layer was found"
-        raise ValueError(f"nothing is prunable: {reasons}")
+        raise ValueError(f"nothing is prunable: {'; '.join(_left_out(graph, stem, coupled)[:8])}")
     order = {name: index for index, name in enumerate(graph.weights)}
     return sorted(units, key=lambda unit: min(order.get(s.tensor, len(order)) for s in unit.slots if s.role == "out"))
+
+
+def _left_out(graph: ChannelGraph, stem: bool, coupled: bool) -> list[str]:
+    """Why each group was not selected."""
+    reasons = graph.why_not()
+    for group in graph.prunable:
+        if group.stem and not stem:
+            reasons.append(f"{group.name}: reads the input of the scope (prune_stem=True would prune it)")
+        elif group.coupled and not coupled:
+            reasons.append(f"{group.name}: tied by residual adds (prune_coupled=True would prune it)")
+        else:
+            reasons.append(f"{group.name}: ignored")
+    reasons += [f"{layer}: {reason}" for layer, reason in graph.unprunable.items()]
+    return reasons or ["no convolution or linear layer was found"]
 
 
 class CostModel:

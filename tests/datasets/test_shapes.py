@@ -12,6 +12,7 @@ from PIL import Image
 
 from prune_mm import compat
 from prune_mm.datasets import shapes
+from prune_mm.datasets.drawing import Shape
 from prune_mm.datasets.shapes import COCO_CLASSES, FOLDER_CLASSES, make_shapes_coco, make_shapes_imagefolder
 
 COUNTS = {"train2017": 40, "val2017": 6}
@@ -95,7 +96,7 @@ def test_small_images_keep_the_least_visible_area(size):
 
 @pytest.mark.parametrize("name", FOLDER_CLASSES)
 def test_outlines_fit_the_unit_circle_and_fill_their_area(name):
-    shape = shapes._Shape(name, 50.0, 50.0, 40.0, 0.3)
+    shape = Shape(name, 50.0, 50.0, 40.0, 0.3)
     mask = shape.distance(100) <= 0
     rows, columns = np.nonzero(mask)
     assert np.hypot(columns + 0.5 - 50, rows + 0.5 - 50).max() <= 40
@@ -162,7 +163,7 @@ def test_seed_and_split_change_the_images(tmp_path):
 def test_second_call_writes_nothing(tmp_path, monkeypatch, make, arguments):
     root = make(tmp_path / "data", **arguments)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    monkeypatch.setattr(shapes, "_render", lambda *_: pytest.fail("an image was drawn again"))
+    monkeypatch.setattr(shapes, "render", lambda *_: pytest.fail("an image was drawn again"))
     assert make(root, **arguments) == root
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
 
@@ -200,7 +201,7 @@ def test_empty_folder_is_filled(tmp_path):
 
 @pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
 def test_interruption_leaves_nothing_behind(tmp_path, monkeypatch, error):
-    render, calls = shapes._render, []
+    render, calls = shapes.render, []
 
     def failing(*args):
         calls.append(args)
@@ -209,7 +210,7 @@ def test_interruption_leaves_nothing_behind(tmp_path, monkeypatch, error):
         return render(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(shapes, "_render", failing)
+        patch.setattr(shapes, "render", failing)
         with pytest.raises(type(error)):
             make_shapes_coco(tmp_path / "data", train=4, val=2)
     assert list(tmp_path.iterdir()) == []

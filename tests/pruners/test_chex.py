@@ -229,6 +229,16 @@ def test_updates_are_due_every_interval_and_exactly_at_the_end():
         ({"temperature": 0}, "positive"),
         ({"round_to": 0}, "round_to=0"),
         ({"min_channels": 0}, "min_channels=0"),
+        ({"min_channels": 1.5}, "whole number"),
+        ({"end": 2.5}, "end=2.5"),
+        ({"seed": "x"}, "seed='x'"),
+        ({"by_epoch": "no"}, "True or False"),
+        ({"prune_stem": 1}, "prune_stem=1"),
+        ({"temperature": "a"}, "temperature='a'"),
+        ({"initial_regrow": "x"}, "initial_regrow='x'"),
+        ({"ignore": "layer4"}, "list of regular expressions"),
+        ({"ignore": ["("]}, "not a regular expression"),
+        ({"ignore": [3]}, "list of regular expressions"),
     ],
 )
 def test_bad_options_are_named(options, words):
@@ -273,6 +283,17 @@ def test_nothing_prunable_gives_the_reasons():
         prepared(module, UniformL1({"macs": 0.5}))
     with pytest.raises(ValueError, match="matches no prunable layer"):
         prepared(tiny(), UniformL1({"macs": 0.5}, ignore=["backbone"]))
+
+
+def test_a_budget_above_the_dense_network_is_refused():
+    with pytest.raises(ValueError, match="above the dense scope"):
+        prepared(tiny(), UniformL1({"macs": 10**12}))
+
+
+def test_what_the_options_leave_out_is_named():
+    module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    with pytest.raises(ValueError, match=r"0: reads the input of the scope \(prune_stem=True would prune it\)"):
+        prepared(module, UniformL1({"macs": 0.5}))
 
 
 def test_absolute_and_relative_budgets_agree():
