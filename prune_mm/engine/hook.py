@@ -105,6 +105,9 @@ class PruningHook(Hook):
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Note in the checkpoint what it is, for the export and for people."""
         model = unwrapped(runner.model)
+        # EMAHook has put the average into the checkpoint by reference, with its own copy of the decisions.
+        for average in self._averages(runner):
+            average.pruner.load_state_from(model.pruner)
         checkpoint.setdefault("meta", {})["prune_mm"] = {
             "scope": model.prune_scope,
             "pruner": type(model.pruner).__name__,
@@ -173,12 +176,14 @@ class PruningHook(Hook):
             ]
 
     def _mask_averages(self, runner: Runner) -> None:
-        pruner = self.pruner(runner)
-        for hook in runner.hooks:
-            if isinstance(hook, EMAHook) and hasattr(hook, "ema_model"):
-                average = hook.ema_model.module
-                average.pruner.load_state_from(pruner)
-                average.pruner.mask(pruned_module(average))
+        for average in self._averages(runner):
+            self.pruner(runner).mask(pruned_module(average))
+
+    @staticmethod
+    def _averages(runner: Runner) -> list[nn.Module]:
+        """Averaged copies of the model."""
+        hooks = [hook for hook in runner.hooks if isinstance(hook, EMAHook) and hasattr(hook, "ema_model")]
+        return [hook.ema_model.module for hook in hooks]
 
     def _log(self, runner: Runner) -> None:
         for name, value in self._status.items():

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as distributed
 from mmengine.config import Config, DictAction
 from mmengine.device import get_device
 
@@ -171,11 +172,19 @@ def run_tool(main: Callable[[], Any]) -> None:
     """
     try:
         main()
+        _leave_together()
     except (ValueError, FileNotFoundError, FileExistsError) as error:
         if os.environ.get("PRUNE_MM_TRACEBACK") or not _raised_here(error):
             raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def _leave_together() -> None:
+    """End all ranks at once: a rank that finds the others gone while it shuts down aborts, and fails the launcher."""
+    if distributed.is_available() and distributed.is_initialized():
+        distributed.barrier()
+        distributed.destroy_process_group()
 
 
 def _raised_here(error: BaseException) -> bool:
