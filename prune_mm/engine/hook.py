@@ -71,6 +71,7 @@ class PruningHook(Hook):
             pruner.mask(module)
             check_agreement(pruner, step=int(pruner.last_update))
             self._status = pruner.status()
+        self._sync_averages(runner)
         self._mask_averages(runner)
         self._watch_optimizer(runner, pruner, module)
         if self.reproducible:
@@ -105,9 +106,8 @@ class PruningHook(Hook):
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
         """Note in the checkpoint what it is, for the export and for people."""
         model = unwrapped(runner.model)
-        # EMAHook has put the average into the checkpoint by reference, with its own copy of the decisions.
-        for average in self._averages(runner):
-            average.pruner.load_state_from(model.pruner)
+        # EMAHook has put the average into the checkpoint, and may have averaged its copy of the pruner's values.
+        self._sync_averages(runner)
         checkpoint.setdefault("meta", {})["prune_mm"] = {
             "scope": model.prune_scope,
             "pruner": type(model.pruner).__name__,
@@ -142,6 +142,7 @@ class PruningHook(Hook):
         self._commit(runner, decision, step)
         pruner.updates += 1
         pruner.last_update.fill_(step)
+        self._sync_averages(runner)
         print_log(
             f"{type(pruner).__name__} update {int(pruner.updates)} at step {step}: {self._summary(runner)}", "current"
         )
@@ -174,6 +175,10 @@ class PruningHook(Hook):
                 optimizer.register_step_pre_hook(lambda *_: pruner.before_step(module)),
                 optimizer.register_step_post_hook(lambda *_: pruner.after_step(module)),
             ]
+
+    def _sync_averages(self, runner: Runner) -> None:
+        for average in self._averages(runner):
+            average.pruner.load_state_from(self.pruner(runner))
 
     def _mask_averages(self, runner: Runner) -> None:
         for average in self._averages(runner):

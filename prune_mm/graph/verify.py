@@ -164,7 +164,7 @@ def _randomised_copy(module: nn.Module, generator: torch.Generator) -> nn.Module
         for name, tensor in [*child.named_parameters(recurse=False), *child.named_buffers(recurse=False)]:
             if is_norm and name in ("weight", "bias", "running_mean", "running_var"):
                 low, width = (-0.3 if name in ("bias", "running_mean") else 0.5), 1.0
-            elif isinstance(tensor, nn.Parameter) and _is_almost_zero(tensor):
+            elif isinstance(tensor, nn.Parameter) and _hides_something(tensor):
                 low, width = 0.1, (max(1, tensor[0].numel()) if tensor.ndim > 1 else 1) ** -0.5
             else:
                 continue
@@ -173,7 +173,11 @@ def _randomised_copy(module: nn.Module, generator: torch.Generator) -> nn.Module
     return subject
 
 
-def _is_almost_zero(tensor: Tensor) -> bool:
-    # A sample is enough, and scanning the linear layers of a VGG is slow.
-    sample = tensor.reshape(-1)[:4096]
-    return sample.numel() > 0 and float(sample.abs().max()) < 1e-3
+def _hides_something(tensor: Tensor) -> bool:
+    """Whether a parameter is all but zero, or so large that it may be what was in memory before it is initialised."""
+    if not tensor.numel() or not tensor.dtype.is_floating_point:
+        return False
+    low, high = (float(value) for value in torch.aminmax(tensor))
+    largest = max(abs(low), abs(high))
+    # Written so that NaN counts.
+    return largest < 1e-3 or not (low > -1e3 and high < 1e3)

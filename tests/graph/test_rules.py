@@ -564,9 +564,15 @@ def test_names_on_the_stack_after_an_error():
 def test_what_cannot_be_checked_is_frozen():
     dice = Net(lambda n, x: n.b(n.a(x)) + torch.rand(()), a=conv(6, 3), b=conv(2, 6))
     assert "computes something else at every call" in trace(dice, X)["a"].frozen
-    broken = Net(lambda n, x: n.b(n.a(x)), a=conv(6, 3), b=conv(2, 6))
-    nn.init.constant_(broken.b.bias, float("nan"))
-    assert "not finite (are all weights initialised?)" in trace(broken, X)["a"].frozen
+    broken = Net(lambda n, x: n.b(n.a(x)) / 0.0, a=conv(6, 3), b=conv(2, 6))
+    assert "not finite" in trace(broken, X)["a"].frozen
+
+
+@pytest.mark.parametrize("garbage", [float("nan"), float("inf"), 1e30, 1e-30])
+def test_weights_that_are_not_initialised_yet_hide_nothing(garbage):
+    net = Net(lambda n, x: n.b(n.a(x)), a=conv(6, 3), b=conv(2, 6))
+    nn.init.constant_(net.a.weight, garbage)
+    assert trace(net, X)["a"].prunable
 
 
 def test_conv_like_module_without_groups():

@@ -176,6 +176,8 @@ class TestResiduals:
 
 
 class TestSampling:
+    # The draws of torch.multinomial are those of the PyTorch that made the golden numbers.
+    @pytest.mark.skipif(torch.torch_version.TorchVersion(torch.__version__) < "2.13", reason="draws differ before 2.13")
     @pytest.mark.parametrize(("seed", "grown"), [(0, {2, 4}), (1, {2, 4}), (2, {2, 4}), (3, {0, 4})])
     def test_golden_layer_step(self, seed: int, grown: set[int]):
         weight = E.clone()

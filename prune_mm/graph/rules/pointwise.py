@@ -16,8 +16,11 @@ from prune_mm.graph.shadow import ShadowTracer, operator_name
 from prune_mm.graph.tensors import tensors_in, varies
 
 
+# Operators that PyTorch tags as pointwise need no entry; these have no tag, or none in older versions and in place.
 @rule("pointwise", "hardswish", "prelu", "_prelu_kernel", "dropout", "native_dropout", "alpha_dropout", "relu6",
-      "rrelu_with_noise", reads_all=True)  # fmt: skip
+      "rrelu_with_noise", "relu", "leaky_relu", "hardsigmoid", "hardtanh", "silu", "mish", "gelu", "elu", "celu",
+      "selu", "softplus", "threshold", "sigmoid", "tanh", "clamp", "clamp_min", "clamp_max", "hardshrink", "softshrink",
+      reads_all=True)  # fmt: skip
 def pointwise(tracer: ShadowTracer, func: Any, args: tuple, kwargs: dict, result: Any) -> None:
     """Ids that meet are united; a channel that meets a tensor of fixed width is frozen."""
     output = tensors_in(result)[0]
