@@ -21,7 +21,7 @@ from prune_mm.graph import trace
 from prune_mm.pruners import UniformL1
 from prune_mm.structures import Plan
 
-NETWORKS = ("resnet18", "resnet50", "vgg16_bn", "mobilenet_v2", "regnet_y_400mf")
+NETWORKS = ("resnet18", "resnet50", "vgg16_bn", "mobilenet_v2", "resnext50_32x4d")
 
 
 def compact_copy(module: torch.nn.Module, share: float, round_to: int) -> tuple[torch.nn.Module, float, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -191,12 +192,13 @@ class ChannelPruner(Pruner):
         return [unit.channels for unit in self.units]
 
     def rounded(self, counts: Iterable[int]) -> list[int]:
-        """Counts that respect ``round_to`` and ``min_channels``."""
-        least = [min(self.min_channels, width) for width in self.widths]
-        return [
-            round_channels(max(count, minimum), width, self.round_to, minimum)
-            for count, width, minimum in zip(counts, self.widths, least)
-        ]
+        """Counts that respect ``round_to`` (of a layer's width) and ``min_channels``."""
+        result = []
+        for count, unit in zip(counts, self.units):
+            least = min(self.min_channels, unit.channels)
+            divisor = self.round_to // math.gcd(self.round_to, unit.copies)
+            result.append(round_channels(max(count, least), unit.channels, divisor, least))
+        return result
 
     def fit(self, counts_at: Any) -> tuple[float, list[int]]:
         """Smallest channel sparsity whose rounded counts meet the target, and those counts.

@@ -31,6 +31,12 @@ class Unit:
     slots: tuple[Slot, ...]
     end: str | None = None
 
+    @property
+    def copies(self) -> int:
+        """Rows of the layer per channel: more than one in a grouped convolution, whose groups stay equally wide."""
+        slot = next(slot for slot in self.slots if slot.role == "out")
+        return max(sum(channel >= 0 for channel in slot.channels) // self.channels, 1)
+
     def structure(self, mask: Tensor) -> ChannelSlice:
         """The decision ``mask`` (boolean, one per channel) as a structure."""
         if self.end is None:

@@ -277,6 +277,14 @@ def test_layers_without_a_norm_keep_the_uniform_share():
     assert [int(mask.sum()) for mask in pruner.decide(bare, 2).values()] == [32]
 
 
+def test_widths_of_grouped_convolutions_are_rounded_not_their_groups():
+    module = nn.Sequential(nn.Conv2d(3, 32, 1), nn.Conv2d(32, 32, 3, groups=8), nn.Conv2d(32, 4, 1))
+    pruner = prepared(module, UniformL1({"macs": 0.8}, round_to=16, prune_stem=True))
+    begin(module, pruner)
+    assert [(unit.channels, unit.copies) for unit in pruner.units] == [(4, 8), (4, 8)]
+    assert pruner.counts() == [2, 2]
+
+
 def test_nothing_prunable_gives_the_reasons():
     module = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Softmax(1))
     with pytest.raises(ValueError, match="nothing is prunable: 0"):
