@@ -102,7 +102,7 @@ class ScatterChannels:
     def __call__(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         """``(N, kept, ...)`` to ``(N, width, ...)``."""
         shape = (output.shape[0], module.scatter_width, *output.shape[2:])
-        return output.new_zeros(shape).index_copy(1, module.scatter_index, output)
+        return output.new_zeros(shape).index_copy_(1, module.scatter_index, output)
 
 
 def scatter_behind(root: nn.Module, name: str, positions: Tensor, width: int) -> None:
