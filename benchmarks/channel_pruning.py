@@ -1,8 +1,8 @@
 """Is a network that lost channels faster? Dense against compact in turns, in one process: ``make bench``.
 
 Every row cuts a torchvision network to half of its MACs, to widths that are multiples of 16, and prints the share of
-MACs that is left, the speed-up, and the share of the ideal speed-up (time in proportion to MACs) that arrived. Also: how
-long tracing takes.
+MACs that is left, the speed-up, and the share of the ideal speed-up (time in proportion to MACs) that arrived. It also
+prints how long tracing takes.
 """
 
 from __future__ import annotations
