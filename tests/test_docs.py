@@ -41,6 +41,18 @@ def test_the_graph_example_in_the_readme_prints_groups(capsys):
     assert "FROZEN: output of the traced scope" in shown
 
 
+def test_the_plan_in_the_design_notes_keeps_the_law():
+    names: dict = {}
+    exec(next(block for block in python_blocks("docs/design.md") if "ShortcutSlice" in block), names)
+    x = torch.randn(2, 3, 96, 96)
+    with torch.no_grad():
+        expected, found, dense = (names[name](x) for name in ("masked", "small", "net"))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(dense, expected, rtol=1e-2, atol=1e-2)
+    sizes = [sum(p.numel() for p in names[name].parameters()) for name in ("small", "net")]
+    assert sizes[0] < sizes[1]
+
+
 def test_the_method_in_the_design_notes_prunes():
     names: dict = {}
     exec(next(block for block in python_blocks("docs/design.md") if "HalfOfEverything" in block), names)

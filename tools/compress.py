@@ -10,6 +10,7 @@ model further, for instance ``finetune=dict(train_cfg=dict(max_epochs=4))``.
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import subprocess
 import sys
@@ -37,7 +38,7 @@ def parse_args() -> argparse.Namespace:
 def run(*command: str) -> None:
     """Run one step in sight of the user; stop when it fails."""
     shown = " ".join(shlex.quote(word) for word in command)
-    print(f"\n$ {shown.replace(sys.executable, 'python')}", flush=True)
+    print(f"\n$ {shown.replace(sys.executable, 'python').replace(str(TOOLS), os.path.relpath(TOOLS))}", flush=True)
     status = subprocess.run(command).returncode
     if status:
         print(f"error: this step failed with status {status}; nothing after it was run", file=sys.stderr)

@@ -20,6 +20,13 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+class QuietRunner(Runner):
+    """Does not list the environment and the whole config, which are in the log of the training."""
+
+    def _log_env(self, env_cfg: dict) -> None:
+        pass
+
+
 def main() -> None:
     """Read config and checkpoint, evaluate, report the metrics."""
     args = parse_args()
@@ -31,7 +38,7 @@ def main() -> None:
     check_data(config, "test_dataloader")
     # The weights of an artifact are in its model already.
     config.load_from = args.checkpoint
-    runner = Runner.from_cfg(config)
+    runner = QuietRunner.from_cfg(config)
     metrics = runner.test()
     if args.metrics_out and runner.rank == 0:
         Path(args.metrics_out).parent.mkdir(parents=True, exist_ok=True)

@@ -18,6 +18,7 @@ from mmengine.registry import init_default_scope
 from safetensors.torch import save_file
 from torch import nn
 
+from prune_mm.analysis.report import read_report
 from prune_mm.engine.checkpoint import PRUNER_PREFIX, check_checkpoint, state_dict_of
 from prune_mm.engine.compact import compact_model, without_pretrained
 from prune_mm.engine.prunable import pruned_module
@@ -61,7 +62,6 @@ class _Source:
     """What an artifact is made of."""
 
     config: Config
-    model: nn.Module
     dense: nn.Module
     small: nn.Module
     plan: Plan
@@ -85,7 +85,7 @@ def _pruned(config: Config, path: str | os.PathLike) -> _Source:
             pruned_module(model), get_scope(small, scope), _check_inputs(dense, scope, model.prune_input_size)
         ),
     }
-    return _Source(config, model, dense, small, plan, _meta(checkpoint, path), facts, model.prune_input_size)
+    return _Source(config, dense, small, plan, _meta(checkpoint, path), facts, model.prune_input_size)
 
 
 def _finetuned(config: Config, path: str | os.PathLike) -> _Source:
@@ -98,11 +98,9 @@ def _finetuned(config: Config, path: str | os.PathLike) -> _Source:
     small.load_state_dict(state_dict_of(checkpoint))
     plan = CompactFile.load(origin).plan
     dense = MMENGINE_MODELS.build(without_pretrained(config.model.model))
-    report = json.loads((Path(origin).parent / "report.json").read_text())
+    report = read_report(Path(origin).parent)
     facts = {key: report[key] for key in ("pruner", "target", "law_relative_difference")} | {"finetuned": True}
-    return _Source(
-        config, small, dense, small, plan, _meta(checkpoint, path), facts, tuple(report["input_size"])
-    )  # fmt: skip
+    return _Source(config, dense, small, plan, _meta(checkpoint, path), facts, tuple(report["input_size"]))
 
 
 def _meta(checkpoint: dict, path: str | os.PathLike) -> dict[str, Any]:
