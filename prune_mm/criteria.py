@@ -184,20 +184,6 @@ def spatial_information(feature_map: Tensor) -> Tensor:
     return torch.hypot(horizontal, vertical).flatten(2).std(dim=2, correction=0)
 
 
-def random_scores(weight: Tensor, generator: torch.Generator) -> Tensor:
-    """Uniform random scores in [0, 1): the baseline every criterion has to beat.
-
-    Args:
-        weight: (C, ...); only its length and its device are used.
-        generator: source of randomness, on any device.
-
-    Returns:
-        float64 (C,), on the device of `weight`, equal for equal generator states.
-    """
-    scores = torch.rand(weight.shape[0], generator=generator, device=generator.device, dtype=torch.float64)
-    return scores.to(weight.device)
-
-
 WEIGHT_CRITERIA: dict[str, Callable[[Tensor, int], Tensor]] = {
     "css": css_scores,
     "l1": lambda weight, keep: l1_scores(weight),

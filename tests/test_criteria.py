@@ -15,7 +15,6 @@ from prune_mm.criteria import (
     css_scores,
     l1_scores,
     laplacian_scores,
-    random_scores,
     spatial_information,
 )
 
@@ -242,14 +241,6 @@ class TestSpatialInformation:
     def test_wrong_axes(self):
         with pytest.raises(ValueError, match=r"\(N, C, H, W\)"):
             spatial_information(torch.zeros(3, 4, 4))
-
-
-class TestRandom:
-    def test_equal_seeds_equal_scores(self):
-        draws = [random_scores(E, torch.Generator().manual_seed(7)) for _ in range(2)]
-        assert torch.equal(*draws)
-        assert draws[0].shape == (5,)
-        assert bool(((draws[0] >= 0) & (draws[0] < 1)).all())
 
 
 def test_criteria_by_name():

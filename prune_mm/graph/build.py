@@ -52,7 +52,7 @@ def build_groups(record: TraceRecord, weights: dict[str, tuple[int, ...]]) -> Ch
         groups.append(replace(group, frozen=reason))
         if key in reshaped:
             fragile[group.name] = reshaped[key]
-    return ChannelGraph(groups, _shortcuts(record, weights, depthwise), {}, tuple(record.group_norms), fragile, weights)
+    return ChannelGraph(groups, _shortcuts(record, weights, depthwise), {}, fragile, weights)
 
 
 def _classes(record: TraceRecord) -> _Classes:

@@ -58,10 +58,6 @@ class ChannelGroup:
         """Whether channels may be removed at all."""
         return self.frozen is None
 
-    def slots_of(self, *roles: str) -> list[Slot]:
-        """Slots with one of these roles."""
-        return [slot for slot in self.slots if slot.role in roles]
-
     def __str__(self) -> str:
         """A few lines: who makes the channels, what ties them, what would be cut, why not."""
         state = f"FROZEN: {self.frozen}" if self.frozen else ("coupled" if self.coupled else "inner")
@@ -80,7 +76,6 @@ class ChannelGraph:
         groups: in order of execution.
         shortcuts: projections in residual shortcuts, in order of execution.
         unprunable: weight layers that are in no group, with the reason.
-        group_norms: group norm modules that need the compact form of :mod:`prune_mm.structures.group_norm`.
         fragile: per group name the operators with sizes its channels pass through.
         weights: every traced weight with its shape.
     """
@@ -88,7 +83,6 @@ class ChannelGraph:
     groups: list[ChannelGroup]
     shortcuts: list[Shortcut] = field(default_factory=list)
     unprunable: dict[str, str] = field(default_factory=dict)
-    group_norms: tuple[str, ...] = ()
     fragile: dict[str, str] = field(default_factory=dict)
     weights: dict[str, tuple[int, ...]] = field(default_factory=dict)
 

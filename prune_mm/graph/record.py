@@ -70,11 +70,9 @@ class TraceRecord:
         frozen: ids that must stay, with the reason.
         reshaped: ids that went through an operator with sizes, with the operator.
         reads: ids read by a layer that has no slot for them (depthwise convolutions).
-        group_norms: group norm modules on the way.
         positions: per weight at how many positions it was applied.
         lost: parameters that were used in a way no slot describes, with the reason.
         reused: norm parameters that several sets of ids pass through.
-        unknown_operators: operators without a rule, and how often they ran.
         next_id: the next id that is free.
     """
 
@@ -85,9 +83,7 @@ class TraceRecord:
     frozen: list[tuple[Tensor, str]] = field(default_factory=list)
     reshaped: list[tuple[Tensor, str]] = field(default_factory=list)
     reads: list[Tensor] = field(default_factory=list)
-    group_norms: list[str] = field(default_factory=list)
     positions: dict[str, int] = field(default_factory=dict)
     lost: dict[str, str] = field(default_factory=dict)
     reused: set[str] = field(default_factory=set)
-    unknown_operators: dict[str, int] = field(default_factory=dict)
     next_id: int = 1

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prune_mm.allocation import global_gamma_keep, uniform_keep
-from prune_mm.criteria import css_scores, l1_scores, laplacian_scores
+from prune_mm.criteria import WEIGHT_CRITERIA, l1_scores
 from prune_mm.graph import ChannelGraph
 from prune_mm.pruners.base import ChannelPruner, Decision, TensorBank
 from prune_mm.pruners.chex_math import (
@@ -90,7 +90,7 @@ class CHEX(ChannelPruner):
         super().__init__(
             target, min_channels, round_to, prune_shortcuts, prune_stem, prune_coupled, ignore, seed
         )  # fmt: skip
-        check_choice("criterion", criterion, ("css", "l1", "laplacian", "si"))
+        check_choice("criterion", criterion, (*WEIGHT_CRITERIA, "si"))
         check_choice("allocation", allocation, ("gamma", "uniform"))
         check_choice("regrow_allocation", regrow_allocation, ("gamma", "uniform"))
         check_choice("dead_gamma", dead_gamma, ("zero", "last"))
@@ -213,10 +213,7 @@ class CHEX(ChannelPruner):
         if self.criterion == "si":
             assert features is not None, "the engine collects features for criterion='si'"
             return unit.per_channel(features[unit.name])
-        rows = unit.rows(module)
-        if self.criterion == "css":
-            return css_scores(rows, keep)
-        return l1_scores(rows) if self.criterion == "l1" else laplacian_scores(rows)
+        return WEIGHT_CRITERIA[self.criterion](unit.rows(module), keep)
 
     def _regrown(self, rows: Tensor, kept: Tensor, pool: Tensor, count: int, generator: torch.Generator) -> Tensor:
         """Indices into ``pool`` of the channels that come back."""

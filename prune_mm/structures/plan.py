@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -172,8 +172,3 @@ def compact_stage(module: nn.Module, stage: Sequence[Structure]) -> None:
 def count_macs(shapes: dict[str, tuple[int, ...]], positions: dict[str, int]) -> int:
     """Multiply-adds of one forward: elements of every conv and linear weight times the positions it is applied at."""
     return sum(math.prod(shapes[name]) * count for name, count in positions.items())
-
-
-def count_parameters(shapes: Iterable[tuple[int, ...]]) -> int:
-    """Total number of elements."""
-    return sum(math.prod(shape) for shape in shapes)

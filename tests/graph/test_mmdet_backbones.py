@@ -97,8 +97,10 @@ def build(cfg):
     init_default_scope("mmdet")
     torch.manual_seed(0)
     module = MODELS.build(dict(cfg))
-    if cfg["type"] == "TridentResNet":  # holds uninitialised memory until then
-        module.init_weights()
+    for parameter in module.parameters():
+        # TridentConv leaves what was in memory, even after init_weights().
+        if parameter.ndim > 1 and not bool((parameter.abs() < 10).all()):
+            torch.nn.init.kaiming_normal_(parameter)
     for name, buffer in module.named_buffers():
         if name.endswith("weight_gamma"):  # ones, until weights are loaded: activations would overflow
             buffer.mul_(0.02)

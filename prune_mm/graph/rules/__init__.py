@@ -1,7 +1,6 @@
 """What each operator does to the shadows: one small function a rule, one table from operator to rule.
 
-An operator without a rule freezes the channels it reads, is counted in ``TraceRecord.unknown_operators`` and so shows
-up as a reason in the graph. Nothing is guessed.
+An operator without a rule freezes the channels it reads, and its name is the reason in the graph. Nothing is guessed.
 """
 
 from prune_mm.graph.rules import layers, movement, norms, pointwise, reductions

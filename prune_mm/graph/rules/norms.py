@@ -66,8 +66,6 @@ def group_norm(tracer: ShadowTracer, func: Any, args: tuple, kwargs: dict, resul
     _norm_slot(tracer, name, ids, "scale")
     if bias_name:
         _norm_slot(tracer, bias_name, ids, "shift")
-    if owner not in tracer.record.group_norms:
-        tracer.record.group_norms.append(owner)
     tracer.set_shadow(output, Shadow(shadow.ids, True, shadow.depth))
 
 

@@ -68,7 +68,6 @@ def give_up(tracer: ShadowTracer, operands: Any, result: Any, reason: str) -> No
 def unknown(tracer: ShadowTracer, func: Any, args: tuple, kwargs: dict, result: Any) -> None:
     """No rule: whatever the operator reads must stay."""
     name = func._schema.name.split("::")[-1]
-    tracer.record.unknown_operators[name] = tracer.record.unknown_operators.get(name, 0) + 1
     give_up(tracer, (args, kwargs), result, f"passes through the operator '{name}', which has no rule")
 
 
