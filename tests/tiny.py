@@ -225,9 +225,14 @@ def tool(folder: Path, name: str | Path, *words: Any, **environment: Any) -> Fin
 
 def cold_tool(folder: Path, *words: Any, timeout: float = 180, **environment: Any) -> Finished:
     """Run ``python words...`` as a user does, from a fresh interpreter."""
+    return cold_script(folder, sys.executable, *words, timeout=timeout, **environment)
+
+
+def cold_script(folder: Path, *words: Any, timeout: float = 180, **environment: Any) -> Finished:
+    """Run a command as a user does."""
     Path(folder).mkdir(parents=True, exist_ok=True)
     variables = {**os.environ, "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in environment.items()}}
-    command = [sys.executable, *map(str, words)]
+    command = [*map(str, words)]
     done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=timeout)
     return Finished(done.returncode, done.stdout, done.stderr)
 

@@ -65,7 +65,7 @@ def last_checkpoint(work_dir: Path) -> str:
     return pointer.read_text().strip()
 
 
-def train_and_export(args: argparse.Namespace, config: Config, resolved: str, work: Path) -> tuple[Path, Path]:
+def train_and_export(args: argparse.Namespace, resolved: str, work: Path) -> tuple[Path, Path]:
     """Train with pruning, then export; returns the artifact and the metrics of the masked checkpoint."""
     extra = [*(["--amp"] if args.amp else []), *(["--resume"] if args.resume else [])]
     run(*launched(args, "train.py", resolved, "--work-dir", str(work), *extra))
@@ -100,7 +100,7 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     resolved = work / "compress.py"
     write_atomically(resolved, lambda temporary: Path(temporary).write_text(config.pretty_text + "\n"))
-    artifact, before = train_and_export(args, config, str(resolved), work)
+    artifact, before = train_and_export(args, str(resolved), work)
     if config.get("finetune"):
         artifact = finetune(args, config, artifact, work)
     after = work / "compact_metrics.json"

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import socket
+import sys
 from pathlib import Path
 
-import pytest
 import tiny
 import torch
 
@@ -113,12 +113,18 @@ def test_resume_in_two_processes(images, tmp_path):
         assert tiny.same(pruner_state(old), pruner_state(new)) == []
 
 
-@pytest.mark.parametrize("launcher", ["torchrun"])
-def test_a_real_launcher(launcher, images, tmp_path):
+def test_the_launch_script(images, tmp_path):
+    """``tools/dist_train.sh CONFIG 2``: a real torchrun with fresh interpreters."""
     path = tiny.write(config_of(images, tmp_path, epochs=3), tmp_path / "train.py")
-    words = ["-m", "torch.distributed.run", "--nproc_per_node=2", f"--master_port={free_port()}"]
-    end = tiny.cold_tool(
-        tmp_path, *words, tiny.TOOLS / "train.py", path, "--launcher", "pytorch", PYTHONPATH=SABOTEURS
+    end = tiny.cold_script(
+        tmp_path, "bash", tiny.TOOLS / "dist_train.sh", path, 2, PYTHON=sys.executable, PORT=free_port(),
+        PYTHONPATH=SABOTEURS,
     )  # fmt: skip
     assert end.status == 0, end
     assert tiny.same(pruner_state(state(tmp_path, 0, 2)), pruner_state(state(tmp_path, 1, 2))) == []
+
+
+def test_the_launch_script_says_how_it_is_used(tmp_path):
+    end = tiny.cold_script(tmp_path, "bash", tiny.TOOLS / "dist_train.sh", "config.py")
+    assert end.status == 2
+    assert "CONFIG GPUS" in end.err
