@@ -8,7 +8,7 @@ from mmengine.registry import Registry
 
 _SCOPE = "prune_mm"
 
-MODELS = Registry("model", parent=MMENGINE_MODELS, scope=_SCOPE, locations=["prune_mm.engine"])
+MODELS = Registry("model", parent=MMENGINE_MODELS, scope=_SCOPE, locations=["prune_mm.engine", "prune_mm.backbones"])
 HOOKS = Registry("hook", parent=MMENGINE_HOOKS, scope=_SCOPE, locations=["prune_mm.engine"])
 DATASETS = Registry("dataset", parent=MMENGINE_DATASETS, scope=_SCOPE, locations=["prune_mm.datasets.demo"])
 TRANSFORMS = Registry("transform", parent=MMENGINE_TRANSFORMS, scope=_SCOPE, locations=["prune_mm.engine"])

@@ -17,6 +17,7 @@ ALLOWED = {
     "pruners": {"pruners", "graph", "structures", "criteria", "allocation", "registry"},
     "export": {"export", "graph", "structures"},
     "analysis": {"analysis", "graph", "structures"},
+    "backbones": {"backbones", "registry"},
 }
 
 
@@ -43,6 +44,11 @@ def test_a_room_imports_only_what_is_below_it(room):
 def test_graph_and_structures_know_torch_only(room):
     for path in (PACKAGE / room).rglob("*.py"):
         assert not {name.partition(".")[0] for name in imported(path)} & TORCH_ONLY, path.name
+
+
+def test_backbones_know_torch_and_mmengine_only():
+    for path in (PACKAGE / "backbones").rglob("*.py"):
+        assert not {name.partition(".")[0] for name in imported(path)} & (TORCH_ONLY - {"mmengine"}), path.name
 
 
 def test_the_graph_works_where_mmengine_is_not_installed():

@@ -1,0 +1,4 @@
+# ResNet-56 of Hinge: shortcuts without parameters, a bias in the stem.
+_base_ = "./resnet56_cifar10.py"
+
+model = dict(backbone=dict(shortcut="pad", stem_bias=True))

@@ -1,0 +1,4 @@
+# ResNet-56 of StrucSpars' code, 100 classes.
+_base_ = "./resnet56_stem1x1_cifar10.py"
+
+model = dict(head=dict(num_classes=100))
