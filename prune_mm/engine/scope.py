@@ -30,8 +30,16 @@ def get_scope(model: nn.Module, scope: str) -> nn.Module:
     raise ValueError(f"scope={scope!r} names no module of {type(model).__name__}; there are: {names}")
 
 
-def trace_scope(model: nn.Module, scope: str, input_size: tuple[int, int] | None = None) -> ChannelGraph:
+def trace_scope(
+    model: nn.Module, scope: str, input_size: tuple[int, int] | None = None, grouping: bool = False
+) -> ChannelGraph:
     """Trace the scope on the smallest image its code accepts, or on one of ``input_size`` when it takes no other.
+
+    Args:
+        model: the dense model.
+        scope: dotted name of the submodule.
+        input_size: height and width in pixels of its real images.
+        grouping: also find out which convolutions can be divided into groups.
 
     Raises:
         ValueError: when no image size works, with the last error.
@@ -39,7 +47,7 @@ def trace_scope(model: nn.Module, scope: str, input_size: tuple[int, int] | None
     module, error = get_scope(model, scope), None
     for size in [*((side, side) for side in _TRACE_SIZES), *([input_size] if input_size else [])]:
         try:
-            return trace(module, scope_inputs(model, scope, size))
+            return trace(module, scope_inputs(model, scope, size), grouping=grouping)
         except (RuntimeError, AssertionError, IndexError) as failure:
             error = failure
     raise ValueError(f"scope={scope!r} cannot be run on an image: {error}") from error

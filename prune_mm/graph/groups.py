@@ -4,8 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 from prune_mm.structures.slots import Slot
+
+if TYPE_CHECKING:
+    from prune_mm.graph.grouping import ConvLayer
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,9 @@ class ChannelGraph:
         unprunable: weight layers that are in no group, with the reason.
         fragile: per group name the operators with sizes its channels pass through.
         weights: every traced weight with its shape.
+        convs: convolutions that can be divided into groups, in order of execution; None when that was not asked for.
+        not_groupable: convolutions that cannot, with the reason.
+        orderable: groups whose channels can be in any order.
     """
 
     groups: list[ChannelGroup]
@@ -85,6 +92,9 @@ class ChannelGraph:
     unprunable: dict[str, str] = field(default_factory=dict)
     fragile: dict[str, str] = field(default_factory=dict)
     weights: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    convs: list[ConvLayer] | None = None
+    not_groupable: dict[str, str] = field(default_factory=dict)
+    orderable: list[ChannelGroup] = field(default_factory=list)
 
     @property
     def prunable(self) -> list[ChannelGroup]:

@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from prune_mm.graph.build import build_groups
+from prune_mm.graph.grouping import check_grouping
 from prune_mm.graph.groups import ChannelGraph
 from prune_mm.graph.shadow import ShadowTracer
 from prune_mm.graph.tensors import tensors_in, tensors_of
 from prune_mm.graph.verify import freeze_what_fails
 
 
-def trace(module: nn.Module, example_inputs: Any, verify: bool = True) -> ChannelGraph:
+def trace(module: nn.Module, example_inputs: Any, verify: bool = True, grouping: bool = False) -> ChannelGraph:
     """Find out which channels of ``module`` are tied to which.
 
     The module runs once, in eval mode without gradients, on ``example_inputs``; frozen parameters and stages are
@@ -28,6 +29,7 @@ def trace(module: nn.Module, example_inputs: Any, verify: bool = True) -> Channe
         module: any module; it is not changed.
         example_inputs: one tensor, or a tuple of positional arguments. A small input is enough.
         verify: cut a copy and compare. Turn it off only to look at what tracing alone finds.
+        grouping: also find out which convolutions can be divided into groups.
 
     Returns:
         The channel graph; printing it shows what is tied, and what is frozen and why.
@@ -56,6 +58,8 @@ def trace(module: nn.Module, example_inputs: Any, verify: bool = True) -> Channe
     graph.unprunable = _left_out(tracer, graph)
     if verify:
         freeze_what_fails(module, inputs, graph)
+    if grouping:
+        check_grouping(module, inputs, graph)
     return graph
 
 

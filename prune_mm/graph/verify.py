@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from prune_mm.graph.groups import ChannelGraph, ChannelGroup
 from prune_mm.graph.tensors import tensors_of
+from prune_mm.structures.base import Structure
 from prune_mm.structures.channel_slice import ChannelSlice
 from prune_mm.structures.plan import compact_stage
 from prune_mm.structures.slots import get_tensor, set_tensor
@@ -30,7 +32,7 @@ def freeze_what_fails(module: nn.Module, inputs: tuple, graph: ChannelGraph, see
     Everything is cut at once; only when that fails are halves of the groups tried, and halves of those. Groups that
     pass an operator with sizes come last, since code that hard-codes a width does so there.
     """
-    checker = _Checker(module, inputs, seed)
+    checker = Checker(module, inputs, seed)
     together = False
     passed, wanted = 0, CUTS_THROUGH_SIZES if graph.fragile else 1
     while graph.prunable and passed < wanted:
@@ -51,14 +53,12 @@ def freeze_what_fails(module: nn.Module, inputs: tuple, graph: ChannelGraph, see
         fragile = [group for group in graph.prunable if group.name in graph.fragile]
         sound = [group for group in graph.prunable if group.name not in graph.fragile]
         for groups in (sound, fragile):
-            for group, failure in _rejected(checker, context, groups):
+            for group, failure in rejected(checker, context, groups):
                 cause = f"{graph.fragile[group.name]}; " if group.name in graph.fragile else ""
                 graph.freeze(group.name, f"the code fixes its width ({cause}{failure})")
 
 
-def _rejected(
-    checker: _Checker, context: list[ChannelGroup] | None, groups: list[ChannelGroup]
-) -> Iterator[tuple[ChannelGroup, str]]:
+def rejected(checker: Checker, context: list | None, groups: list) -> Iterator[tuple[Any, str]]:
     """Yield the groups that cannot be cut, with what goes wrong; the others are added to ``context`` if there is one.
 
     Args:
@@ -76,11 +76,11 @@ def _rejected(
         yield groups[0], failure
     else:
         middle = len(groups) // 2
-        yield from _rejected(checker, context, groups[:middle])
-        yield from _rejected(checker, context, groups[middle:])
+        yield from rejected(checker, context, groups[:middle])
+        yield from rejected(checker, context, groups[middle:])
 
 
-class _Checker:
+class Checker:
     """Compares masked and compact forms on one copy of the module, which is put back after every cut."""
 
     def __init__(self, module: nn.Module, inputs: tuple, seed: int) -> None:
@@ -88,18 +88,29 @@ class _Checker:
         self.subject = _randomised_copy(module, self.generator)
         self.inputs = inputs
 
-    @torch.no_grad()
     def failure(self, groups: list[ChannelGroup]) -> str | None:
         """Cut ``groups`` at random; None when masked and compact agree, else what went wrong."""
-        pieces = [self._random_slice(group) for group in groups]
+        return self.compare([self._random_slice(group) for group in groups], _tensors_of(groups))
+
+    @torch.no_grad()
+    def compare(self, pieces: list[Structure], written: set[str]) -> str | None:
+        """Compare the two forms of a stage.
+
+        Args:
+            pieces: the stage.
+            written: tensors that it masks, cuts or re-orders.
+
+        Returns:
+            None when they agree, else what went wrong.
+        """
         # The compact form comes first, since most failures are errors that it raises early.
         try:
-            with self._own_tensors(groups):
+            with self._own_tensors(written):
                 compact_stage(self.subject, pieces)
                 found = tensors_of(self.subject(*self.inputs))
         except Exception as error:  # whatever the network's own code raises when its widths do not fit
             return f"cutting it raises {type(error).__name__}"
-        with self._own_tensors(groups):
+        with self._own_tensors(written):
             for piece in pieces:
                 piece.apply_mask(self.subject)
             expected = tensors_of(self.subject(*self.inputs))
@@ -112,10 +123,10 @@ class _Checker:
         return None
 
     @contextmanager
-    def _own_tensors(self, groups: list[ChannelGroup]) -> Iterator[None]:
-        """Let the slots of ``groups`` be written to, and put everything back afterwards."""
+    def _own_tensors(self, names: set[str]) -> Iterator[None]:
+        """Let tensors be written to, and put everything back afterwards."""
         with _put_back(self.subject):
-            for name in {slot.tensor for group in groups for slot in group.slots}:
+            for name in names:
                 set_tensor(self.subject, name, get_tensor(self.subject, name).clone())
             yield
 
@@ -125,6 +136,10 @@ class _Checker:
         if bool(keep.all()):
             keep[int(torch.randint(group.channels, (1,), generator=self.generator))] = False
         return ChannelSlice.from_mask(group.name, keep, group.slots)
+
+
+def _tensors_of(groups: list[ChannelGroup]) -> set[str]:
+    return {slot.tensor for group in groups for slot in group.slots}
 
 
 @contextmanager

@@ -1,8 +1,19 @@
 """What a pruned layer is: its masked and its compact form. Knows torch only."""
 
 from prune_mm.structures.base import Structure, structure_from_dict
+from prune_mm.structures.channel_order import ChannelOrder
 from prune_mm.structures.channel_slice import ChannelSlice, ShortcutSlice
+from prune_mm.structures.grouped_conv import GroupedConv
 from prune_mm.structures.plan import Plan
 from prune_mm.structures.slots import Slot
 
-__all__ = ["ChannelSlice", "Plan", "ShortcutSlice", "Slot", "Structure", "structure_from_dict"]
+__all__ = [
+    "ChannelOrder",
+    "ChannelSlice",
+    "GroupedConv",
+    "Plan",
+    "ShortcutSlice",
+    "Slot",
+    "Structure",
+    "structure_from_dict",
+]

@@ -31,8 +31,19 @@ class Structure(ABC):
     def cuts(self) -> list[tuple[str, int, Tensor]]:
         """What the compact form leaves out: ``(tensor name, axis, boolean vector of what stays)``."""
 
-    def within(self, others: dict[tuple[str, int], Tensor]) -> Structure:
-        """The structure to cut and rewrite with, given what the rest of its stage leaves of every tensor axis."""
+    def orders(self) -> list[tuple[str, int, Tensor]]:
+        """How the compact form is re-arranged: ``(tensor name, axis, old index per new index)``."""
+        return []
+
+    def within(
+        self, cuts: dict[tuple[str, int], Tensor], orders: dict[tuple[str, int], Tensor] | None = None
+    ) -> Structure:
+        """The structure to cut and rewrite with beside the rest of its stage.
+
+        Args:
+            cuts: what the others leave of every tensor axis.
+            orders: how the others re-arrange it.
+        """
         return self
 
     def check(self, module: nn.Module) -> None:
@@ -123,4 +134,17 @@ def index_list(values: Any, length: int, what: str) -> tuple[int, ...]:
         raise ValueError(f"{what} must be a list of integers")
     if values and (values[0] < 0 or values[-1] >= length or any(a >= b for a, b in zip(values, values[1:]))):
         raise ValueError(f"{what} must be ascending indices below {length}")
+    return tuple(values)
+
+
+def permutation(values: Any, what: str) -> tuple[int, ...]:
+    """Check a permutation of ``range(len(values))``.
+
+    Raises:
+        ValueError: naming ``what``.
+    """
+    if not isinstance(values, (list, tuple)) or not all(type(v) is int for v in values):
+        raise ValueError(f"{what} must be a list of integers")
+    if sorted(values) != list(range(len(values))) or not values:
+        raise ValueError(f"{what} must hold every index below its length, {len(values)}, once")
     return tuple(values)

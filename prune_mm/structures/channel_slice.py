@@ -95,7 +95,7 @@ class ChannelSlice(Structure):
             "name": self.name,
             "channels": self.channels,
             "keep": list(self.keep),
-            "slots": [_slot_to_dict(slot, self.channels) for slot in self.slots],
+            "slots": [slot_to_dict(slot, self.channels) for slot in self.slots],
         }
 
     @classmethod
@@ -108,7 +108,7 @@ class ChannelSlice(Structure):
             raise ValueError(f"{what}: keep is empty, at least one channel must stay")
         if not isinstance(data["slots"], list):
             raise ValueError(f"{what}: slots must be a list")
-        return cls(data["name"], keep, channels, tuple(_slot_from_dict(s, channels, what) for s in data["slots"]))
+        return cls(data["name"], keep, channels, tuple(slot_from_dict(s, channels, what) for s in data["slots"]))
 
 
 @register_structure
@@ -136,10 +136,12 @@ class ShortcutSlice(ChannelSlice):
         """From a boolean vector over the rows."""
         return cls(name, _indices(mask), mask.numel(), tuple(slots), end)
 
-    def within(self, others: dict[tuple[str, int], Tensor]) -> ShortcutSlice:
+    def within(
+        self, cuts: dict[tuple[str, int], Tensor], orders: dict[tuple[str, int], Tensor] | None = None
+    ) -> ShortcutSlice:
         """Rows whose channel leaves the sum go as well; when no row is left, one stays and is zero."""
         row = self.slots[0]
-        alive = others.get((row.tensor, row.axis))
+        alive = cuts.get((row.tensor, row.axis))
         if alive is None or alive.numel() != self.channels:
             return self
         both = self.mask & alive
@@ -187,14 +189,20 @@ def _indices(mask: Tensor) -> tuple[int, ...]:
     return tuple(torch.nonzero(mask.cpu()).flatten().tolist())
 
 
-def _slot_to_dict(slot: Slot, channels: int) -> dict[str, Any]:
+def slot_to_dict(slot: Slot, channels: int) -> dict[str, Any]:
+    """A slot of a group of ``channels`` as plain data."""
     data: dict[str, Any] = {"tensor": slot.tensor, "axis": slot.axis, "role": slot.role}
     if slot.channels != tuple(range(channels)):
         data["channels"] = list(slot.channels)
     return data
 
 
-def _slot_from_dict(data: Any, channels: int, what: str) -> Slot:
+def slot_from_dict(data: Any, channels: int, what: str) -> Slot:
+    """Read a slot of ``what``, a group of ``channels``.
+
+    Raises:
+        ValueError: naming what is wrong with it.
+    """
     if not isinstance(data, dict):
         raise ValueError(f"{what}: a slot must be a table, got {type(data).__name__}")
     tensor = text(data["tensor"], f"{what}: tensor of a slot")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from prune_mm.structures.base import Structure, structure_from_dict
 from prune_mm.structures.rewrite import check_cut, cut_tensor
+from prune_mm.structures.slots import get_tensor, set_tensor
 
 FORMAT = "prune_mm.plan"
 VERSION = 1
@@ -136,14 +137,34 @@ def merge_cuts(stage: Sequence[Structure]) -> dict[tuple[str, int], Tensor]:
     return merged
 
 
+def merge_orders(stage: Sequence[Structure]) -> dict[tuple[str, int], Tensor]:
+    """How every ``(tensor, axis)`` is re-arranged when all structures of a stage are.
+
+    Raises:
+        ValueError: naming the tensor, when two structures disagree about its size, or it is cut as well.
+    """
+    merged: dict[tuple[str, int], Tensor] = {}
+    for structure in stage:
+        for name, axis, order in structure.orders():
+            other = merged.get((name, axis))
+            if other is not None and other.numel() != order.numel():
+                raise ValueError(f"damaged plan: '{name}' has {other.numel()} and {order.numel()} along axis {axis}")
+            merged[name, axis] = order if other is None else other[order]
+    cut = {(name, axis) for structure in stage for name, axis, _ in structure.cuts()}
+    for name, axis in sorted(cut & set(merged)):
+        raise ValueError(f"damaged plan: '{name}' is cut and re-arranged along axis {axis} in one stage")
+    return merged
+
+
 def resolve(stage: Sequence[Structure]) -> tuple[Structure, ...]:
     """The structures of a stage in the form they take beside each other; see :meth:`Structure.within`.
 
     Raises:
-        ValueError: as :func:`merge_cuts`.
+        ValueError: as :func:`merge_cuts` and :func:`merge_orders`.
     """
     first = merge_cuts([structure for structure in stage if type(structure).within is Structure.within])
-    return tuple(structure.within(first) for structure in stage)
+    orders = merge_orders(stage)
+    return tuple(structure.within(first, orders) for structure in stage)
 
 
 def compact_stage(module: nn.Module, stage: Sequence[Structure]) -> None:
@@ -163,6 +184,9 @@ def compact_stage(module: nn.Module, stage: Sequence[Structure]) -> None:
         structure.check(module)
     for structure in stage:
         structure.prepare(module)
+    for (name, axis), order in merge_orders(stage).items():
+        tensor = get_tensor(module, name).detach()
+        set_tensor(module, name, tensor.index_select(axis, order.to(tensor.device)))
     for name, kept in cuts.items():
         cut_tensor(module, name, kept)
     for structure in stage:
