@@ -1,10 +1,12 @@
-"""Compress from a config to the end: train, export, fine-tune (when the config says how), test, report.
+"""Compress from a config to the end: pretrain (when the config says how), train, export, fine-tune (likewise), test,
+report.
 
 ``tools/compress.py configs/demo/chex_maskrcnn.py``. Every step is one of the other tools and is printed as it would be
 typed; run again with ``--resume`` to go on after an interruption.
 
 A config may hold ``finetune = dict(...)``: settings that are merged into the artifact's config to train the compact
-model further, for instance ``finetune=dict(train_cfg=dict(max_epochs=4))``.
+model further, for instance ``finetune=dict(train_cfg=dict(max_epochs=4))``. Likewise ``pretrain = dict(...)`` trains the
+dense model first, for methods that start from trained weights where there are none to load.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from pathlib import Path
 
 from mmengine.config import Config
 
-from prune_mm.engine.exporter import compact_config
+from prune_mm.engine.exporter import compact_config, dense_config
 from prune_mm.engine.launch import add_common_arguments, check_data, load_config, run_tool
 from prune_mm.export.compact_file import write_atomically
 
@@ -65,9 +67,26 @@ def last_checkpoint(work_dir: Path) -> str:
     return pointer.read_text().strip()
 
 
-def train_and_export(args: argparse.Namespace, resolved: str, work: Path) -> tuple[Path, Path]:
+def options(args: argparse.Namespace) -> list[str]:
+    """Options of every training step; one that an interrupted run never reached has nothing to resume, and starts."""
+    return [*(["--amp"] if args.amp else []), *(["--resume"] if args.resume else [])]
+
+
+def pretrain(args: argparse.Namespace, config: Config, work: Path) -> tuple[str, Path]:
+    """Train the dense model; returns its last checkpoint and its metrics."""
+    stage = dense_config(config)
+    stage.merge_from_dict(config.pretrain.to_dict())
+    path, folder, metrics = work / "pretrain.py", work / "pretrain", work / "dense_metrics.json"
+    write_atomically(path, lambda temporary: Path(temporary).write_text(stage.pretty_text + "\n"))
+    run(*launched(args, "train.py", str(path), "--work-dir", str(folder), *options(args)))
+    checkpoint = last_checkpoint(folder)
+    run(*launched(args, "test.py", str(path), checkpoint, "--work-dir", str(folder), "--metrics-out", str(metrics)))
+    return checkpoint, metrics
+
+
+def train_and_export(args: argparse.Namespace, resolved: str, work: Path, start: str | None) -> tuple[Path, Path]:
     """Train with pruning, then export; returns the artifact and the metrics of the masked checkpoint."""
-    extra = [*(["--amp"] if args.amp else []), *(["--resume"] if args.resume else [])]
+    extra = [*options(args), *(["--cfg-options", f"load_from={start}"] if start else [])]
     run(*launched(args, "train.py", resolved, "--work-dir", str(work), *extra))
     checkpoint, artifact, before = last_checkpoint(work), work / "artifact", work / "masked_metrics.json"
     run(sys.executable, str(TOOLS / "export.py"), resolved, checkpoint, str(artifact), "--overwrite")
@@ -81,9 +100,8 @@ def finetune(args: argparse.Namespace, config: Config, artifact: Path, work: Pat
     stage.model.checkpoint = str(artifact / "compact.pth")
     stage.merge_from_dict(config.finetune.to_dict())
     path, folder = work / "finetune.py", work / "finetune"
-    path.write_text(stage.pretty_text + "\n")
-    extra = ["--resume"] if args.resume else []
-    run(*launched(args, "train.py", str(path), "--work-dir", str(folder), *extra))
+    write_atomically(path, lambda temporary: Path(temporary).write_text(stage.pretty_text + "\n"))
+    run(*launched(args, "train.py", str(path), "--work-dir", str(folder), *options(args)))
     tuned = work / "artifact_finetuned"
     run(
         sys.executable, str(TOOLS / "export.py"), str(path), last_checkpoint(folder), str(tuned), "--overwrite"
@@ -100,13 +118,14 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     resolved = work / "compress.py"
     write_atomically(resolved, lambda temporary: Path(temporary).write_text(config.pretty_text + "\n"))
-    artifact, before = train_and_export(args, str(resolved), work)
+    start, dense = pretrain(args, config, work) if config.get("pretrain") else (None, None)
+    artifact, masked = train_and_export(args, str(resolved), work, start)
     if config.get("finetune"):
         artifact = finetune(args, config, artifact, work)
     after = work / "compact_metrics.json"
     test = [str(artifact / "config.py"), "--work-dir", str(work / "compact_test"), "--metrics-out", str(after)]
     run(*launched(args, "test.py", *test))
-    metrics = ["--dense-metrics", str(before), "--compact-metrics", str(after)]
+    metrics = ["--dense-metrics", str(dense or masked), "--compact-metrics", str(after)]
     run(sys.executable, str(TOOLS / "report.py"), str(artifact), *metrics)
     print(f"\nThe small model is in {artifact}: python tools/test.py {artifact}/config.py")
 

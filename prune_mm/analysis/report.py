@@ -47,6 +47,9 @@ def report_rows(report: dict[str, Any]) -> list[Row]:
     ):
         if key in report:
             rows.append((name, *_pair(report[key]), form))
+    if "gathers" in report:
+        gathers = report["gathers"]
+        rows.append((f"gathers left of {gathers['unfolded']}", None, gathers["folded"], "count"))
     for latency in report.get("latency", ()):
         what = f"{latency['what']} latency, batch {latency['batch']}"
         rows.append((what, latency["dense_ms"], latency["compact_ms"], "ms"))

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
+from mmengine.logging import print_log
 from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.registry import init_default_scope
 from safetensors.torch import save_file
@@ -25,8 +26,9 @@ from prune_mm.engine.prunable import pruned_module
 from prune_mm.engine.scope import get_scope, scope_inputs, scope_positions
 from prune_mm.export.compact_file import CompactFile
 from prune_mm.export.law import check_law, largest_difference, outputs_of
+from prune_mm.graph import count_gathers
 from prune_mm.graph.trace import in_eval_mode
-from prune_mm.structures import Plan
+from prune_mm.structures import GroupedConv, Plan
 from prune_mm.structures.plan import count_macs
 
 ARTIFACT_FILES = ("compact.pth", "model.safetensors", "config.py", "plan.json", "report.json")
@@ -74,13 +76,15 @@ def _pruned(config: Config, path: str | os.PathLike) -> _Source:
     """From a masked checkpoint: the law is checked against the masked model."""
     model, checkpoint = load_pruned(config, path)
     scope = model.prune_scope
+    if model.pruner.conclude(pruned_module(model)):
+        print_log("the search has not ended at this checkpoint; what to cut is decided from it as it is", "current")
     dense = MMENGINE_MODELS.build(without_pretrained(config.model.model))
     dense.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith(PRUNER_PREFIX)})
     plan = Plan(scope, (tuple(model.pruner.structures()),))
     small = plan.compact(copy.deepcopy(dense))
     facts = {
         "pruner": type(model.pruner).__name__,
-        "target": str(getattr(model.pruner, "target", "")),
+        "target": str(getattr(model.pruner, "target", None) or "the given groups"),
         "law_relative_difference": check_law(
             pruned_module(model), get_scope(small, scope), _check_inputs(dense, scope, model.prune_input_size)
         ),
@@ -232,6 +236,7 @@ def _report(source: _Source) -> dict[str, Any]:
         "scope": scope,
         "input_size": list(source.input_size),
         **source.facts,
+        **_gathers(source.plan),
         "macs": {"dense": count_macs(shapes, positions), "compact": count_macs(compact_shapes, positions)},
         "params": {"dense": _parameters(module), "compact": _parameters(get_scope(source.small, scope))},
         "model_params": {"dense": _parameters(source.dense), "compact": _parameters(source.small)},
@@ -242,8 +247,31 @@ def _report(source: _Source) -> dict[str, Any]:
     }
 
 
+def _gathers(plan: Plan) -> dict[str, Any]:
+    """Gathers around grouped convolutions: without folding, and left."""
+    divided = [[s for s in stage if isinstance(s, GroupedConv)] for stage in plan.stages]
+    if not any(divided):
+        return {}
+    before, after = (sum(map(count_gathers, stages)) for stages in (divided, plan.stages))
+    return {"gathers": {"unfolded": before, "folded": after}}
+
+
 def _parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def dense_config(config: Config) -> Config:
+    """The training config as a config of the dense model: resolved, and without pruning."""
+    resolved = copy.deepcopy(config)
+    resolved.model = copy.deepcopy(config.model.model)
+    resolved.custom_hooks = _without_pruning_hook(config)
+    for key in ("work_dir", "finetune", "pretrain", "launcher"):
+        resolved.pop(key, None)
+    return resolved
+
+
+def _without_pruning_hook(config: Config) -> list:
+    return [h for h in config.get("custom_hooks") or [] if str(h.get("type")).rpartition(".")[2] != "PruningHook"]
 
 
 def compact_config(config: Config) -> Config:
@@ -256,13 +284,12 @@ def compact_config(config: Config) -> Config:
         "checkpoint": "{{ fileDirname }}/compact.pth",
         "backbone": {},
     }
-    hooks = [h for h in config.get("custom_hooks") or [] if str(h.get("type")).rpartition(".")[2] != "PruningHook"]
-    resolved.custom_hooks = hooks
+    resolved.custom_hooks = _without_pruning_hook(config)
     imports = config.get("custom_imports") or {"imports": []}
     names = imports["imports"] if isinstance(imports["imports"], (list, tuple)) else [imports["imports"]]
     resolved.custom_imports = {"imports": list(dict.fromkeys([*names, "prune_mm"])), "allow_failed_imports": False}
     resolved.load_from, resolved.resume = None, False
-    for key in ("work_dir", "finetune", "launcher"):
+    for key in ("work_dir", "finetune", "pretrain", "launcher"):
         resolved.pop(key, None)
     return resolved
 

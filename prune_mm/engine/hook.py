@@ -17,6 +17,7 @@ from prune_mm.engine.features import collect_spatial_information
 from prune_mm.engine.prunable import pruned_module, unwrapped
 from prune_mm.engine.randomness import make_reproducible, seed_everything
 from prune_mm.pruners import Pruner
+from prune_mm.pruners.options import check_flag, check_integer
 from prune_mm.registry import HOOKS
 
 
@@ -27,14 +28,21 @@ class PruningHook(Hook):
     Args:
         reproducible: seed every sample and every iteration by its number, so that a resumed run takes the same
             decisions as an uninterrupted one.
+        image_interval: let the pruner show its state to the visualizer after every so many updates and after the
+            last one (StrucSpars: ordered kernel norms beside the regulariser, a picture per layer); 0: never.
+
+    Raises:
+        ValueError: naming the argument and what would be right.
     """
 
     # After EMAHook (NORMAL), whose averages are masked; before CheckpointHook (VERY_LOW), which saves them.
     priority = "BELOW_NORMAL"
 
-    def __init__(self, reproducible: bool = True) -> None:
+    def __init__(self, reproducible: bool = True, image_interval: int = 0) -> None:
         """See the class."""
-        self.reproducible = reproducible
+        check_flag("reproducible", reproducible)
+        check_integer("image_interval", image_interval, 0)
+        self.reproducible, self.image_interval = reproducible, image_interval
         self._optimizer_hooks: list[Any] = []
         # Counting live channels waits for the device, so it is done when decisions change, not every iteration.
         self._status: dict[str, float] = {}
@@ -70,7 +78,7 @@ class PruningHook(Hook):
         else:
             pruner.mask(module)
             check_agreement(pruner, step=int(pruner.last_update))
-            self._status = pruner.status()
+            self._status = pruner.status() | pruner.figures()
         self._sync_averages(runner)
         self._mask_averages(runner)
         self._watch_optimizer(runner, pruner, module)
@@ -78,8 +86,11 @@ class PruningHook(Hook):
             sampler = (runner.cfg.get("train_dataloader") or {}).get("sampler") or {}
             make_reproducible(runner.train_dataloader, self._seed(runner), runner._resume and "seed" not in sampler)
         self._log(runner)
+        for name, reason in getattr(pruner, "left_dense", {}).items():
+            print_log(f"{name} stays dense: {reason}", "current")
         print_log(
-            f"pruning {type(pruner).__name__} to {getattr(pruner, 'target', '')}: {self._summary(runner)}", "current"
+            f"pruning {type(pruner).__name__} to {getattr(pruner, 'target', None) or 'the given groups'}: {self._summary(runner)}",
+            "current",
         )
 
     # -- while training ---------------------------------------------------------------------------------------
@@ -101,6 +112,8 @@ class PruningHook(Hook):
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
     ) -> None:
         """Mask the averaged models, whose averages mix channels that lived at different times."""
+        if runner.iter + 1 == runner.max_iters and self.pruner(runner).final_update:
+            self._update_if_due(runner, runner.max_iters)
         self._mask_averages(runner)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
@@ -146,12 +159,15 @@ class PruningHook(Hook):
         print_log(
             f"{type(pruner).__name__} update {int(pruner.updates)} at step {step}: {self._summary(runner)}", "current"
         )
+        if self.image_interval and (int(pruner.updates) % self.image_interval == 0 or step == runner.max_iters):
+            for name, image in pruner.images(module):
+                runner.visualizer.add_image(name, image, step)
 
     def _commit(self, runner: Runner, decision: dict[str, Tensor], step: int) -> None:
         model = unwrapped(runner.model)
         model.pruner.commit(pruned_module(model), decision, step)
         check_agreement(model.pruner, step)
-        self._status = model.pruner.status()
+        self._status = model.pruner.status() | model.pruner.figures()
 
     def _features(self, runner: Runner, model: nn.Module) -> dict[str, Tensor] | None:
         """Feature maps from a loader of its own, so that the training loader loses no batch."""
@@ -195,9 +211,9 @@ class PruningHook(Hook):
             runner.message_hub.update_scalar(f"train/{name}", value)
 
     def _summary(self, runner: Runner) -> str:
-        return ", ".join(
-            f"{name.replace('_', ' ')} {value:.1%}" for name, value in self.pruner(runner).status().items()
-        )
+        pruner = self.pruner(runner)
+        shares = [f"{name.replace('_', ' ')} {value:.1%}" for name, value in pruner.status().items()]
+        return ", ".join(shares + [f"{name.replace('_', ' ')} {value:.4g}" for name, value in pruner.figures().items()])
 
     @staticmethod
     def _seed(runner: Runner) -> int:

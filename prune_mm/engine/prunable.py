@@ -45,7 +45,7 @@ def prunable_model(
         raise ValueError(f"{type(dense).__name__} already has a child 'pruner'; wrap a model once")
     built = build_pruner(pruner)
     module = get_scope(dense, scope)
-    graph = trace_scope(dense, scope, image_size(input_size))
+    graph = trace_scope(dense, scope, image_size(input_size), grouping=built.regroups)
     shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
     built.prepare(module, graph, shapes, scope_positions(dense, scope, image_size(input_size)))
     dense.add_module("pruner", built)

@@ -2,7 +2,20 @@
 
 from prune_mm.pruners.base import ChannelPruner, Decision, Pruner
 from prune_mm.pruners.chex import CHEX
+from prune_mm.pruners.gconv import GConvPrune
+from prune_mm.pruners.grouping import GroupPruner
+from prune_mm.pruners.strucspars import StrucSpars
 from prune_mm.pruners.target import Target
 from prune_mm.pruners.uniform import UniformL1
 
-__all__ = ["CHEX", "ChannelPruner", "Decision", "Pruner", "Target", "UniformL1"]
+__all__ = [
+    "CHEX",
+    "ChannelPruner",
+    "Decision",
+    "GConvPrune",
+    "GroupPruner",
+    "Pruner",
+    "StrucSpars",
+    "Target",
+    "UniformL1",
+]

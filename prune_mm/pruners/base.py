@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -35,7 +36,12 @@ class Pruner(nn.Module):
 
     #: Whether :meth:`decide` wants feature maps (``features``) of this many training batches; 0: none.
     feature_batches: int = 0
+    #: Whether the steps that :meth:`due` counts are epochs or iterations.
     by_epoch: bool = True
+    #: Whether :meth:`due` is also asked after the last step, before the last checkpoint is saved.
+    final_update: bool = False
+    #: Whether the graph must know which convolutions can be divided into groups.
+    regroups: bool = False
 
     def __init__(self) -> None:
         """State every pruner has."""
@@ -97,12 +103,34 @@ class Pruner(nn.Module):
 
     @abstractmethod
     def status(self) -> dict[str, float]:
-        """Figures for the log: name to number."""
+        """Shares for the log and for people: name to a number in 0..1."""
+
+    def figures(self) -> dict[str, float]:
+        """Further figures for the log: name to number."""
+        return {}
+
+    def images(self, module: nn.Module) -> Iterator[tuple[str, np.ndarray]]:
+        """Pictures of the state for the visualizer: name and ``(height, width, 3)`` uint8."""
+        yield from ()
+
+    def conclude(self, module: nn.Module) -> bool:
+        """Make a decision final whose search has not ended, for an export; whether there was need to."""
+        return False
+
+    def load_state_from(self, other: Pruner) -> None:
+        """Copy the state of another pruner of the same network (an averaged model's copy follows its source)."""
+        for mine, theirs in zip(self.buffers(), other.buffers()):
+            mine.copy_(theirs)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Drop whatever was derived from the state."""
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *args: Any) -> None:
         # A dense checkpoint has none of our keys, and that is fine: the pruner starts afresh.
         if any(key.startswith(prefix) for key in state_dict):
             super()._load_from_state_dict(state_dict, prefix, *args)
+        self._forget()
 
 
 class TensorBank(nn.Module):
@@ -239,7 +267,7 @@ class ChannelPruner(Pruner):
         """Take over the masks of a decision."""
         for unit in self.units:
             self.masks.put(unit.name, decision[unit.name].to(self.masks[unit.name].device))
-        self._vectors = None
+        self._forget()
 
     def after_step(self, module: nn.Module) -> None:
         """Mask again what the optimizer moved."""
@@ -262,14 +290,7 @@ class ChannelPruner(Pruner):
                     tensor = get_tensor(module, slot.tensor)
                     yield slot.tensor, along_axis(slot.kept(keep).to(device, tensor.dtype), slot.axis, tensor.ndim)
 
-    def _load_from_state_dict(self, *args: Any) -> None:
-        super()._load_from_state_dict(*args)
-        self._vectors = None
-
-    def load_state_from(self, other: Pruner) -> None:
-        """Copy the state of another pruner of the same network (an averaged model's copy follows its source)."""
-        for mine, theirs in zip(self.buffers(), other.buffers()):
-            mine.copy_(theirs)
+    def _forget(self) -> None:
         self._vectors = None
 
     def structures(self) -> list[Structure]:

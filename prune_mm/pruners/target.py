@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,8 @@ class Target:
     """A budget for the scope that is pruned.
 
     Attributes:
-        kind: ``macs`` (multiply-adds of one image), ``params``, or ``channels`` (of the prunable layers).
+        kind: ``macs`` (multiply-adds of one image), ``params``, ``channels`` (of the prunable layers), or ``weights``
+            (of the convolutions that can be divided into groups).
         value: a share of the dense scope in (0, 1], or an absolute number (an int, or text such as ``'2.05G'``).
     """
 
@@ -23,16 +25,20 @@ class Target:
     value: float | int
 
     @classmethod
-    def parse(cls, given: Any) -> Target:
+    def parse(cls, given: Any, kinds: Sequence[str] = KINDS) -> Target:
         """Read ``dict(macs=0.5)`` and its relatives.
+
+        Args:
+            given: a table with one of ``kinds``, or a target.
+            kinds: what the method can count.
 
         Raises:
             ValueError: naming the value and what would be right.
         """
         if isinstance(given, cls):
-            return given
-        if not isinstance(given, dict) or len(given) != 1 or next(iter(given)) not in KINDS:
-            raise ValueError(f"target must be a dict with one of the keys {', '.join(KINDS)}, got {given!r}")
+            given = {given.kind: given.value}
+        if not isinstance(given, dict) or len(given) != 1 or next(iter(given)) not in kinds:
+            raise ValueError(f"target must be a dict with one of the keys {', '.join(kinds)}, got {given!r}")
         kind, value = next(iter(given.items()))
         if isinstance(value, str):
             match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kMG]?)\s*", value)
