@@ -7,6 +7,8 @@ from typing import Any
 from torch import Tensor, nn
 
 PRUNER_PREFIX = "pruner."
+#: State of later pruners in a list, whose shapes follow from the decisions of the earlier ones.
+LATER_PREFIX = f"{PRUNER_PREFIX}saved."
 
 
 def check_checkpoint(model: nn.Module, checkpoint: dict, name: str, whole: bool = False) -> None:
@@ -52,13 +54,19 @@ def check_checkpoint(model: nn.Module, checkpoint: dict, name: str, whole: bool 
 
 def _check_decisions(model: nn.Module, state: dict[str, Tensor], name: str) -> None:
     """The pruner's tensors fit, or there are none at all."""
-    found = {key: tensor.shape for key, tensor in state.items() if key.startswith(PRUNER_PREFIX)}
-    needed = {key: tensor.shape for key, tensor in model.state_dict().items() if key.startswith(PRUNER_PREFIX)}
+    found, needed = (
+        {
+            key: tensor.shape
+            for key, tensor in tensors.items()
+            if key.startswith(PRUNER_PREFIX) and not key.startswith(LATER_PREFIX)
+        }
+        for tensors in (state, model.state_dict())
+    )
     odd = [key for key in {**needed, **found} if needed.get(key) != found.get(key)]
     if found and needed and odd:
         raise ValueError(
             f"{name} holds the decisions of another pruner, or of other settings than this "
-            f"{type(model.pruner).__name__}: '{odd[0]}' and {len(odd) - 1} more do not fit"
+            f"{model.pruner.label}: '{odd[0]}' and {len(odd) - 1} more do not fit"
         )
 
 

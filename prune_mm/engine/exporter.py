@@ -76,18 +76,23 @@ def _pruned(config: Config, path: str | os.PathLike) -> _Source:
     """From a masked checkpoint: the law is checked against the masked model."""
     model, checkpoint = load_pruned(config, path)
     scope = model.prune_scope
-    if model.pruner.conclude(pruned_module(model)):
+    unfinished = model.pruner.conclude(pruned_module(model))
+    if unfinished:
         print_log("the search has not ended at this checkpoint; what to cut is decided from it as it is", "current")
     dense = MMENGINE_MODELS.build(without_pretrained(config.model.model))
-    dense.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith(PRUNER_PREFIX)})
-    plan = Plan(scope, (tuple(model.pruner.structures()),))
-    small = plan.compact(copy.deepcopy(dense))
+    attached = Plan(scope, (model.prune_attached,) if model.prune_attached else ())
+    decided = Plan(scope, tuple(tuple(stage) for stage in model.pruner.stages()))
+    small = attached.compact(copy.deepcopy(dense))
+    small.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith(PRUNER_PREFIX)})
+    decided.compact(small)
+    plan = Plan(scope, (*attached.stages, *decided.stages))
     facts = {
-        "pruner": type(model.pruner).__name__,
+        "pruner": model.pruner.label,
         "target": str(getattr(model.pruner, "target", None) or "the given groups"),
         "law_relative_difference": check_law(
             pruned_module(model), get_scope(small, scope), _check_inputs(dense, scope, model.prune_input_size)
         ),
+        **({"unfinished": True} if unfinished else {}),
     }
     return _Source(config, dense, small, plan, _meta(checkpoint, path), facts, model.prune_input_size)
 

@@ -89,7 +89,7 @@ class PruningHook(Hook):
         for name, reason in getattr(pruner, "left_dense", {}).items():
             print_log(f"{name} stays dense: {reason}", "current")
         print_log(
-            f"pruning {type(pruner).__name__} to {getattr(pruner, 'target', None) or 'the given groups'}: {self._summary(runner)}",
+            f"{pruner.label} prunes to {getattr(pruner, 'target', None) or 'the given groups'}: {self._summary(runner)}",
             "current",
         )
 
@@ -102,7 +102,8 @@ class PruningHook(Hook):
 
     def before_train_iter(self, runner: Runner, batch_idx: int, data_batch: Any = None) -> None:
         """Update by iteration, and seed the iteration."""
-        if not self.pruner(runner).by_epoch:
+        pruner = self.pruner(runner)
+        if not pruner.by_epoch and not pruner.decides_after:
             self._update_if_due(runner, runner.iter)
         if self.reproducible:
             seed_everything(self._seed(runner), 2, runner.iter, runner.rank)
@@ -112,8 +113,8 @@ class PruningHook(Hook):
         self, runner: Runner, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
     ) -> None:
         """Mask the averaged models, whose averages mix channels that lived at different times."""
-        if runner.iter + 1 == runner.max_iters and self.pruner(runner).final_update:
-            self._update_if_due(runner, runner.max_iters)
+        if self.pruner(runner).decides_after:
+            self._update_if_due(runner, runner.iter + 1)
         self._mask_averages(runner)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
@@ -123,7 +124,7 @@ class PruningHook(Hook):
         self._sync_averages(runner)
         checkpoint.setdefault("meta", {})["prune_mm"] = {
             "scope": model.prune_scope,
-            "pruner": type(model.pruner).__name__,
+            "pruner": model.pruner.label,
             **{key: float(value) for key, value in model.pruner.status().items()},
         }
 
@@ -157,7 +158,7 @@ class PruningHook(Hook):
         pruner.last_update.fill_(step)
         self._sync_averages(runner)
         print_log(
-            f"{type(pruner).__name__} update {int(pruner.updates)} at step {step}: {self._summary(runner)}", "current"
+            f"{pruner.label} update {int(pruner.updates)} at step {step}: {self._summary(runner)}", "current"
         )
         if self.image_interval and (int(pruner.updates) % self.image_interval == 0 or step == runner.max_iters):
             for name, image in pruner.images(module):

@@ -13,13 +13,15 @@ from torch import nn
 from prune_mm.compat import fix_ssd_head
 from prune_mm.engine.scope import get_scope, scope_positions, trace_scope
 from prune_mm.pruners import Pruner
+from prune_mm.pruners.sequence import PrunerSequence
 from prune_mm.registry import MODELS, PRUNERS
+from prune_mm.structures.plan import compact_stage
 
 
 @MODELS.register_module(name="PrunableModel")
 def prunable_model(
     model: dict | nn.Module,
-    pruner: dict | Pruner,
+    pruner: dict | Pruner | Sequence[dict | Pruner],
     scope: str = "backbone",
     input_size: int | Sequence[int] = 224,
     data_preprocessor: dict | None = None,
@@ -31,7 +33,8 @@ def prunable_model(
 
     Args:
         model: config of the dense model (or a built one).
-        pruner: config of the pruning method, e.g. ``dict(type='CHEX', target=dict(macs=0.5))``.
+        pruner: config of the pruning method, e.g. ``dict(type='CHEX', target=dict(macs=0.5))``; or a list of several
+            that apply in order, see :class:`~prune_mm.pruners.sequence.PrunerSequence`.
         scope: dotted name of the submodule that is pruned. What it outputs keeps its shape.
         input_size: side, or (height, width), in pixels of the image that MACs are counted for.
         data_preprocessor: the ``data_preprocessor`` at the top of a config, which MMEngine hands to the model.
@@ -46,10 +49,15 @@ def prunable_model(
     built = build_pruner(pruner)
     module = get_scope(dense, scope)
     graph = trace_scope(dense, scope, image_size(input_size), grouping=built.regroups)
+    attached = built.attach(module, graph)
+    if attached:
+        compact_stage(module, attached)
+        graph = trace_scope(dense, scope, image_size(input_size), grouping=built.regroups)
     shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
     built.prepare(module, graph, shapes, scope_positions(dense, scope, image_size(input_size)))
     dense.add_module("pruner", built)
     dense.prune_scope, dense.prune_input_size = scope, image_size(input_size)
+    dense.prune_attached = tuple(attached)
     _keep_out_of_ddp(dense)
     return dense
 
@@ -59,16 +67,19 @@ def with_preprocessor(model: dict, data_preprocessor: dict | None) -> dict:
     return model if data_preprocessor is None else {"data_preprocessor": data_preprocessor, **model}
 
 
-def build_pruner(config: dict | Pruner) -> Pruner:
-    """Build a pruner from its config.
+def build_pruner(config: dict | Pruner | Sequence[dict | Pruner]) -> Pruner:
+    """Build a pruner from its config, or several from a list.
 
     Raises:
         ValueError: for an unknown method or an unknown option, with those there are.
     """
     if isinstance(config, Pruner):
         return config
+    if isinstance(config, (list, tuple)) and config:
+        built = [build_pruner(item) for item in config]
+        return built[0] if len(built) == 1 else PrunerSequence(built)
     if not isinstance(config, dict) or "type" not in config:
-        raise ValueError(f"pruner must be a dict with a 'type', got {config!r}")
+        raise ValueError(f"pruner must be a dict with a 'type', or a list of them, got {config!r}")
     kind = str(config["type"]).rpartition(".")[2]
     cls = PRUNERS.get(kind)
     if cls is None:

@@ -6,20 +6,16 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from prune_mm.graph.groups import ChannelGroup
 from prune_mm.structures.base import Structure
 from prune_mm.structures.channel_order import ChannelOrder, axis_order
-from prune_mm.structures.grouped_conv import GroupedConv
+from prune_mm.structures.grouped_conv import GroupedConv, block_sequence
 from prune_mm.structures.plan import resolve
 from prune_mm.structures.slots import Slot
 
 #: The order of one group depends on its neighbours'; the second pass gains a little, the third next to nothing.
 PASSES = 3
-
-Orders = dict[tuple[str, int], Tensor]
 
 
 def fold(convs: Sequence[GroupedConv], groups: Iterable[ChannelGroup]) -> list[Structure]:
@@ -50,13 +46,23 @@ def count_gathers(stage: Sequence[Structure]) -> int:
     return sum(structure.gathers() for structure in resolve(stage) if isinstance(structure, GroupedConv))
 
 
+#: In which order the blocks of one side lie; None where their channels are mixed.
+Lying = tuple[int, ...] | None
+
+
 @dataclass(frozen=True)
 class _Side:
-    """One side of a grouped convolution: the block of every channel of the group that lies there."""
+    """One side of a grouped convolution along which channels of a group lie.
 
-    conv: GroupedConv
-    role: str
-    blocks: np.ndarray
+    Attributes:
+        slot: where they lie; axis 0 are its outputs, axis 1 its inputs.
+        places: the channel at each index.
+        blocks: the block of each channel, when every channel lies there once and nothing else, else None.
+    """
+
+    slot: Slot
+    places: np.ndarray
+    blocks: np.ndarray | None
 
 
 class _Layout:
@@ -65,69 +71,73 @@ class _Layout:
     def __init__(self, convs: Sequence[GroupedConv]) -> None:
         self.convs = {conv.weight: conv for conv in convs}
         self.chosen: dict[str, np.ndarray] = {}
-        self._orders: Orders = {}
+        # Per weight and axis: the block at each index, and how blocks and indices are ordered at present.
+        self._blocks = {name: conv.blocks() for name, conv in self.convs.items()}
+        self._lying = {name: conv.sequences() for name, conv in self.convs.items()}
+        self._orders: dict[tuple[str, int], np.ndarray] = {}
 
     def improve(self, group: ChannelGroup) -> bool:
         """Give ``group`` a better order; False when none is found."""
-        slots = [slot for slot in group.slots if slot.tensor in self.convs]
-        names = list(dict.fromkeys(slot.tensor for slot in slots))
-        best, least = None, self._cost(names, self._orders)
-        for order in self._candidates(group, self._sides(group, slots)):
-            orders = self._orders | self._moved(slots, order)
-            cost = self._cost(names, orders)
+        sides = [self._side(slot, group.channels) for slot in group.slots if slot.tensor in self.convs]
+        best, least = None, _cost({side.slot.tensor: self._lying[side.slot.tensor] for side in sides})
+        for order in self._candidates(group, [side for side in sides if side.blocks is not None]):
+            if least == (0, 0):
+                break
+            lying = self._would_lie(sides, order)
+            cost = _cost(lying)
             if cost < least:
-                best, least = (order, orders), cost
-        if best is not None:
-            self.chosen[group.name], self._orders = best
-        return best is not None
+                best, least = (order, lying), cost
+        if best is None:
+            return False
+        self.chosen[group.name], lying = best
+        self._lying |= lying
+        self._orders |= {(side.slot.tensor, side.slot.axis): self._moved(side, best[0]) for side in sides}
+        return True
 
-    def _cost(self, names: list[str], orders: Orders) -> tuple[int, int]:
-        """Gathers of some convolutions, and their sides whose blocks are mixed."""
-        found = [self.convs[name].within({}, orders) for name in names]
-        mixed = sum(sequence is None for conv in found for sequence in conv.sequences())
-        return sum(conv.gathers() for conv in found), mixed
+    def _side(self, slot: Slot, channels: int) -> _Side:
+        places, blocks = np.array(slot.channels), self._blocks[slot.tensor][slot.axis]
+        # A convolution that had groups before reads every channel in several places.
+        if blocks.size != channels or not np.array_equal(np.sort(places), np.arange(channels)):
+            return _Side(slot, places, None)
+        return _Side(slot, places, blocks[np.argsort(places)])
 
-    def _moved(self, slots: list[Slot], order: np.ndarray) -> Orders:
-        """What a new order of one group changes; indices of other groups on the same axis stay as they are."""
-        moved = {}
-        for slot in slots:
-            own = torch.tensor(slot.channels) >= 0
-            before = self._orders.get((slot.tensor, slot.axis), torch.arange(own.numel()))
-            moved[slot.tensor, slot.axis] = torch.where(own, axis_order(slot, order), before)
-        return moved
+    def _would_lie(self, sides: list[_Side], order: np.ndarray) -> dict[str, tuple[Lying, Lying]]:
+        """The orders of blocks around a group with its channels in another order."""
+        lying = {side.slot.tensor: list(self._lying[side.slot.tensor]) for side in sides}
+        for side in sides:
+            weight, axis = side.slot.tensor, side.slot.axis
+            if side.blocks is not None:
+                blocks = side.blocks[order[side.places]]
+            else:
+                # Along its second axis a weight has the inputs of one of its groups; the others are ordered alike.
+                blocks = self._blocks[weight][axis].reshape(-1, side.places.size)[:, self._moved(side, order)].ravel()
+            lying[weight][axis] = block_sequence(blocks, self.convs[weight].groups)
+        return {name: (pair[0], pair[1]) for name, pair in lying.items()}
 
-    def _sides(self, group: ChannelGroup, slots: list[Slot]) -> list[_Side]:
-        """Sides of convolutions along which the channels of ``group`` lie, each once and nothing else."""
-        sides = []
-        for slot in slots:
-            conv = self.convs[slot.tensor]
-            if slot.role not in ("out", "in") or (slot.role == "in" and conv.base > 1):
-                continue
-            channels = np.array(slot.channels)
-            if channels.size != group.channels or not np.array_equal(np.sort(channels), np.arange(group.channels)):
-                continue
-            perm = np.array(conv.out_perm if slot.role == "out" else conv.in_perm)
-            blocks = np.empty_like(perm)
-            blocks[channels[perm]] = np.arange(perm.size) // (perm.size // conv.groups)
-            sides.append(_Side(conv, slot.role, blocks))
-        return sides
+    def _moved(self, side: _Side, order: np.ndarray) -> np.ndarray:
+        """Which index comes to each; those of other groups stay as they are."""
+        before = self._orders.get((side.slot.tensor, side.slot.axis), np.arange(side.places.size))
+        return np.where(side.places >= 0, axis_order(side.slot, order).numpy(), before)
 
     def _candidates(self, group: ChannelGroup, sides: list[_Side]) -> Iterator[np.ndarray]:
         """Orders that suit one side for certain, and the others where they can."""
-        ranks = [self._rank(side) for side in sides]
+        keys = [self._rank(side)[side.blocks] for side in sides]
         for first in range(len(sides)):
-            order = np.arange(group.channels)
-            # The last key sorts first: inside the blocks of one side, blocks of the others stay together.
-            for index in [*(i for i in reversed(range(len(sides))) if i != first), first]:
-                order = order[np.argsort(ranks[index][sides[index].blocks[order]], kind="stable")]
-            yield order
+            # The last key counts most: inside the blocks of one side, blocks of the others stay together.
+            yield np.lexsort([*(keys[i] for i in reversed(range(len(sides))) if i != first), keys[first]])
 
     def _rank(self, side: _Side) -> np.ndarray:
         """Where each block of a side should lie: as on the other side, or by its least channel."""
-        out_sequence, in_sequence = side.conv.within({}, self._orders).sequences()
-        sequence = in_sequence if side.role == "out" else out_sequence
+        sequence = self._lying[side.slot.tensor][1 - side.slot.axis]
         if sequence is None:
-            sequence = np.argsort([int(np.argmax(side.blocks == block)) for block in range(side.conv.groups)])
-        rank = np.empty(side.conv.groups, dtype=np.int64)
-        rank[np.array(sequence)] = np.arange(side.conv.groups)
+            sequence = np.argsort(np.unique(side.blocks, return_index=True)[1])
+        rank = np.empty(len(sequence), dtype=np.int64)
+        rank[np.array(sequence)] = np.arange(len(sequence))
         return rank
+
+
+def _cost(lying: dict[str, tuple[Lying, Lying]]) -> tuple[int, int]:
+    """Gathers of some convolutions, and their sides whose blocks are mixed."""
+    mixed = sum(sequence is None for pair in lying.values() for sequence in pair)
+    turned = sum(None not in pair and pair[0] != pair[1] for pair in lying.values())
+    return mixed + turned, mixed

@@ -100,7 +100,7 @@ def _candidates(module: nn.Module, graph: ChannelGraph) -> tuple[list[ConvLayer]
     convs, reasons = [], {}
     for name, conv in module.named_modules():
         if isinstance(conv, nn.modules.conv._ConvNd) and id(conv) not in traced:
-            reasons[name] = graph.unprunable.get(name, "its weight is not the one that it convolves with")
+            reasons[name] = graph.unprunable.get(name, "its weight is computed on the fly")
     for weight in graph.weights:
         name = weight.removesuffix(".weight")
         conv = modules.get(name)

@@ -85,6 +85,7 @@ class ChannelGraph:
         convs: convolutions that can be divided into groups, in order of execution; None when that was not asked for.
         not_groupable: convolutions that cannot, with the reason.
         orderable: groups whose channels can be in any order.
+        inputs: positional arguments the module was traced with.
     """
 
     groups: list[ChannelGroup]
@@ -95,6 +96,7 @@ class ChannelGraph:
     convs: list[ConvLayer] | None = None
     not_groupable: dict[str, str] = field(default_factory=dict)
     orderable: list[ChannelGroup] = field(default_factory=list)
+    inputs: tuple = ()
 
     @property
     def prunable(self) -> list[ChannelGroup]:

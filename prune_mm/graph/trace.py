@@ -55,7 +55,7 @@ def trace(module: nn.Module, example_inputs: Any, verify: bool = True, grouping:
                 tracer.freeze(shadow.ids, "output of the traced scope")
     weights = {name: tuple(module.get_parameter(name).shape) for name in tracer.record.positions}
     graph = build_groups(tracer.record, weights)
-    graph.unprunable = _left_out(tracer, graph)
+    graph.unprunable, graph.inputs = _left_out(tracer, graph), inputs
     if verify:
         freeze_what_fails(module, inputs, graph)
     if grouping:

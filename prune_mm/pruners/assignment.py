@@ -30,12 +30,14 @@ _Pair = tuple[np.ndarray, np.ndarray]
 
 # A new order replaces the start only if it is better by more than this share: permutations rest while nothing changes.
 _STRICTLY = 1e-9
-# Layers up to this many channels also get the published alternation itself: there it is cheap.
-_SMALL = 128
+# Channels on the larger side up to which a layer is tiny, small, middling: effort falls as size and price grow.
+_TINY, _SMALL, _MIDDLE = 16, 64, 128
 # From this decay on deep tiers weigh nearly as much as the first one, and splitting from the top is no longer enough.
 _FLAT_POWER = 0.7
 # A start that saves at least this share of what the bisected order saves against chance is worth improving too.
 _NEAR = 0.8
+# The published half-steps are given up when they look like ending this share of that saving, or more, above the best.
+_FAR = 0.03
 # Row arrangements tried at most when a layer is small enough to try them all.
 _EXHAUSTIVE = 315
 
@@ -188,43 +190,49 @@ def solve_permutations(
             (0, 1]; `rounds` is below 1; or `start` is not a pair of permutations of the right sizes.
     """
     matrix, rows, columns = _begin(norms, power, rounds, start)
-    ordered = matrix if start is None else matrix[rows].take(columns, axis=1)
-    best = _Order(np.arange(len(rows)), np.arange(len(columns)), _cost(ordered, power))
-    if best.cost > 0.0:
-        limit = best.cost * (1.0 - _STRICTLY)
-        for found in _candidates(ordered, power, rounds, best.cost):
+    first = _Order(rows, columns, _cost(matrix, power)) if start is None else _measured(matrix, rows, columns, power)
+    best, limit = first, first.cost * (1.0 - _STRICTLY)
+    if first.cost > 0.0:
+        for found in _candidates(matrix, first, power, rounds):
             if found.cost < min(limit, best.cost):
                 best = found
-    return Permutations(torch.from_numpy(rows[best.rows]), torch.from_numpy(columns[best.columns]), best.cost)
+    return Permutations(torch.from_numpy(best.rows), torch.from_numpy(best.columns), best.cost)
 
 
-def _candidates(ordered: np.ndarray, power: float, rounds: int, start_cost: float) -> Iterator[_Order]:
-    """Orders worth comparing, relative to a start, in which the matrix is given."""
-    exhaustive = _optimum(ordered, power)
+def _candidates(matrix: np.ndarray, start: _Order, power: float, rounds: int) -> Iterator[_Order]:
+    """Orders worth comparing. Those that do not grow from the start are the same at every call: they cannot drift."""
+    exhaustive = _optimum(matrix, power)
     if exhaustive is not None:
-        yield _measured(ordered, *exhaustive, power)
+        yield _measured(matrix, *exhaustive, power)
         return
-    tiers, size = depth(*ordered.shape), max(ordered.shape)
+    tiers, size, flat = depth(*matrix.shape), max(matrix.shape), power > _FLAT_POWER
     # Single precision is enough to search; what is found is measured in double.
-    scaled = np.divide(ordered, ordered.max(), dtype=np.float32, casting="same_kind")
-    exact = size <= _SMALL or power > _FLAT_POWER
-    cheapest = math.inf
-    for seed in range(1 if size > _SMALL // 2 else 2 if size > 16 else 6):
-        order = bisect_order(scaled, tiers, seed)
-        found = _measured(ordered, *_improve(ordered if exact else scaled, *order, power, rounds, exact), power)
-        cheapest = min(cheapest, found.cost)
+    scaled = np.divide(matrix, matrix.max(), out=np.empty(matrix.shape, dtype=np.float32), casting="same_kind")
+    split = _measured(matrix, *bisect_order(scaled, tiers, seed=0), power)
+    chance = float(matrix.sum()) * sum(power**tier / 2 ** (tier + 1) for tier in range(tiers))
+    near = chance - start.cost >= _NEAR * (chance - split.cost)
+    # More starts where they are cheap, or asked for, unless the given start is hard to beat anyway.
+    seeds = 6 if size <= _TINY else 1 if near and size > _SMALL else 4 if rounds > 1 else 2 if size <= _SMALL else 1
+    others = [_measured(matrix, *bisect_order(scaled, tiers, seed), power) for seed in range(1, seeds)]
+    if size > _SMALL:
+        others = sorted((order for order in others if order.cost < split.cost), key=lambda order: order.cost)[:1]
+    lowest = math.inf
+    for order in (split, *others):
+        if rounds > 1 or size <= _MIDDLE or flat:
+            found = _improve(matrix, order, power, rounds)
+        else:
+            found = _improve(scaled, order, power, rounds, exact=False)
+            found = _measured(matrix, found.rows, found.columns, power)
+        lowest = min(lowest, found.cost)
         yield found
-    if size <= _SMALL or power > _FLAT_POWER:
-        order = _alternate(ordered, *_identity(ordered), power, rounds)
-        yield _measured(ordered, *_improve(ordered, *order, power, rounds, exact=True), power)
-    chance = float(ordered.sum()) * sum(power**tier / 2 ** (tier + 1) for tier in range(tiers))
-    if chance - start_cost >= _NEAR * (chance - cheapest):
-        yield _measured(ordered, *_improve(ordered, *_identity(ordered), power, rounds, exact=True), power)
-
-
-def _identity(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The order that leaves everything in place."""
-    return np.arange(matrix.shape[0]), np.arange(matrix.shape[1])
+    if size <= _SMALL:
+        # At this size the published alternation itself is affordable.
+        reached = _measured(matrix, *_alternate(matrix, start.rows, start.columns, power, rounds), power)
+        yield _improve(matrix, reached, power, rounds)
+    elif near or flat or rounds > 1:
+        # The same half-steps as the published ones, given up when they are far from winning.
+        hopeless = math.inf if near or flat else lowest + _FAR * (chance - lowest)
+        yield _improve(matrix, start, power, rounds, hopeless=hopeless)
 
 
 def _measured(matrix: np.ndarray, rows: np.ndarray, columns: np.ndarray, power: float) -> _Order:
@@ -233,19 +241,25 @@ def _measured(matrix: np.ndarray, rows: np.ndarray, columns: np.ndarray, power: 
 
 
 def _improve(
-    matrix: np.ndarray, rows: np.ndarray, columns: np.ndarray, power: float, rounds: int, exact: bool
-) -> _Pair:
-    """Reassign rows, then columns, again and again, until a round gains nothing."""
+    matrix: np.ndarray, order: _Order, power: float, rounds: int, exact: bool = True, hopeless: float = math.inf
+) -> _Order:
+    """Reassign rows, then columns, again and again, until a round gains nothing.
+
+    It also ends when the cost would stay above `hopeless` even if every round left gained as much as the last one.
+    """
     leaves = 2 ** depth(*matrix.shape)
+    rows, columns, cost = order
     ordered = matrix[rows].take(columns, axis=1)
-    for _ in range(rounds):
+    for left in reversed(range(rounds)):
         row_order = reassign_rows(ordered, leaves, power, exact)
-        rows, ordered = rows[row_order], ordered[row_order]
+        ordered = ordered[row_order]
         column_order = reassign_rows(np.ascontiguousarray(ordered.T), leaves, power, exact)
-        columns, ordered = columns[column_order], ordered.take(column_order, axis=1)
-        if (column_order == np.arange(column_order.size)).all():
+        ordered = ordered.take(column_order, axis=1)
+        rows, columns = rows[row_order], columns[column_order]
+        before, cost = cost, _cost(ordered, power)
+        if before - cost <= 0.0 or cost - left * (before - cost) > hopeless:
             break
-    return rows, columns
+    return _Order(rows, columns, cost)
 
 
 def _arrangements(items: tuple[int, ...], tiers: int) -> Iterator[tuple[int, ...]]:

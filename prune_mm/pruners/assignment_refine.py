@@ -31,8 +31,8 @@ def leaf_costs(ordered: np.ndarray, leaves: int, power: float) -> np.ndarray:
     """
     rows, columns = ordered.shape
     mass = ordered.reshape(rows, leaves, columns // leaves).sum(axis=2) if columns > leaves else ordered
-    nodes = [mass]
-    while nodes[-1].shape[1] > 2:
+    nodes = [mass] if leaves > 1 else []
+    while nodes and nodes[-1].shape[1] > 2:
         nodes.append(nodes[-1][:, 0::2] + nodes[-1][:, 1::2])
     cost = np.zeros((rows, 1), dtype=ordered.dtype)
     # Down the tree of blocks: a row in one child pays for the mass it has under the other child.

@@ -38,10 +38,13 @@ class Pruner(nn.Module):
     feature_batches: int = 0
     #: Whether the steps that :meth:`due` counts are epochs or iterations.
     by_epoch: bool = True
-    #: Whether :meth:`due` is also asked after the last step, before the last checkpoint is saved.
-    final_update: bool = False
+    #: Whether :meth:`due` is asked after each iteration, with the number of iterations done, rather than before each
+    #: step: for decisions that end an epoch or the training, and belong into its checkpoint.
+    decides_after: bool = False
     #: Whether the graph must know which convolutions can be divided into groups.
     regroups: bool = False
+    #: Whether the method adds parameters or gradients, so that it must be the first of several.
+    needs_training: bool = False
 
     def __init__(self) -> None:
         """State every pruner has."""
@@ -49,6 +52,18 @@ class Pruner(nn.Module):
         self.register_buffer("started", torch.tensor(False))
         self.register_buffer("updates", torch.tensor(0))
         self.register_buffer("last_update", torch.tensor(-1))
+
+    @property
+    def label(self) -> str:
+        """Name of the method, for people."""
+        return type(self).__name__
+
+    def attach(self, module: nn.Module, graph: ChannelGraph) -> list[Structure]:
+        """Structures that give ``module`` what the method trains besides its weights; called before :meth:`prepare`.
+
+        The caller applies them and traces the module again.
+        """
+        return []
 
     @abstractmethod
     def prepare(
@@ -72,7 +87,7 @@ class Pruner(nn.Module):
         """The first decision, from the weights as loaded."""
 
     def due(self, step: int) -> bool:
-        """Whether an update is due before ``step`` (an epoch or an iteration, 0-based, see ``by_epoch``)."""
+        """Whether an update is due before ``step`` (an epoch or an iteration, 0-based; see ``by_epoch``)."""
         return False
 
     def decide(self, module: nn.Module, step: int, features: dict[str, Tensor] | None = None) -> Decision:
@@ -100,6 +115,14 @@ class Pruner(nn.Module):
     @abstractmethod
     def structures(self) -> list[Structure]:
         """The present decision, as structures of one stage."""
+
+    def stages(self) -> list[list[Structure]]:
+        """The present decision, as stages of a plan for the network with what was attached."""
+        return [self.structures()]
+
+    def settled(self) -> bool:
+        """Whether the last decision is taken."""
+        return bool(self.started)
 
     @abstractmethod
     def status(self) -> dict[str, float]:

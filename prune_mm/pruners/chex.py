@@ -144,6 +144,10 @@ class CHEX(ChannelPruner):
         """Every ``interval`` steps from the first on, and exactly at ``end``."""
         return 1 <= step <= self.end and (step % self.interval == 0 or step == self.end)
 
+    def settled(self) -> bool:
+        """Whether exploration is over."""
+        return self.end is not None and int(self.last_update) >= self.end
+
     @torch.no_grad()
     def decide(self, module: nn.Module, step: int, features: dict[str, Tensor] | None = None) -> Decision:
         """Keep the best channels of each layer and regrow some of the others."""

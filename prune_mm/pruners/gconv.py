@@ -162,10 +162,23 @@ class GConvPrune(GroupPruner):
         return groups == 1 or min(layer.rows, layer.columns) // groups >= self.min_channels
 
     def _searched_groups(self, module: nn.Module) -> list[int]:
-        kind = self.target.kind
-        dense = self.cost.dense(kind)
-        fixed = dense - sum(self.cost.parts(kind))
-        raise NotImplementedError(fixed)
+        """Numbers of groups within the budget that keep the most."""
+        kind, names = self.target.kind, [layer.name for layer in self.layers]
+        dense, parts = self.cost.dense(kind), self.cost.parts(kind)
+        # Any cost that a weight contributes per element serves as multiply-adds at so many positions.
+        weights = {layer.name: self.weight(module, layer).detach().cpu() for layer in self.layers}
+        found = search_groups(
+            weights,
+            None,
+            self.min_channels,
+            max_macs=int(self.target.budget(dense)),
+            fixed_macs=dense - sum(parts),
+            positions={name: part // weights[name].numel() for name, part in zip(names, parts)},
+            bases={layer.name: layer.base for layer in self.layers},
+            max_groups=self.max_groups,
+            allow_depthwise=True,
+        )
+        return [found[name] for name in names]
 
     # -- life -------------------------------------------------------------------------------------------------
 

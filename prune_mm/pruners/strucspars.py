@@ -69,7 +69,8 @@ class StrucSpars(GroupPruner):
     """
 
     by_epoch = False
-    final_update = True
+    decides_after = True
+    needs_training = True
 
     def __init__(
         self,
@@ -216,6 +217,10 @@ class StrucSpars(GroupPruner):
             weight = self.weight(module, layer)
             if weight.grad is not None and self.deepest[index] > 1:
                 weight.grad.add_(weight.sign() * self._regularizer(index, weight), alpha=strength)
+
+    def settled(self) -> bool:
+        """Whether the search has ended."""
+        return bool(self.masked)
 
     def strength(self) -> float:
         """Coefficient of the term that is in force now."""

@@ -82,15 +82,18 @@ class GroupedConv(Structure):
 
     def mask(self) -> Tensor:
         """Boolean ``(outputs, inputs / base)``: the kernels that stay."""
-        rows, columns = (self._blocks(perm) for perm in (self.out_perm, self.in_perm))
+        rows, columns = self.blocks()
         per_base = columns.reshape(self.base, -1).repeat(len(self.out_perm) // self.base, axis=0)
         return torch.from_numpy(rows[:, None] == per_base)
 
-    def _blocks(self, perm: tuple[int, ...]) -> np.ndarray:
-        """The block each channel belongs to."""
-        blocks = np.empty(len(perm), dtype=np.int64)
-        blocks[np.array(perm)] = np.arange(len(perm)) // (len(perm) // self.groups)
-        return blocks
+    def blocks(self) -> tuple[np.ndarray, np.ndarray]:
+        """The block that each output and each input channel belongs to."""
+        found = []
+        for perm in (self.out_perm, self.in_perm):
+            blocks = np.empty(len(perm), dtype=np.int64)
+            blocks[np.array(perm)] = np.arange(len(perm)) // (len(perm) // self.groups)
+            found.append(blocks)
+        return found[0], found[1]
 
     def apply_mask(self, module: nn.Module) -> None:
         """Zero the kernels between groups in place.
@@ -155,7 +158,7 @@ class GroupedConv(Structure):
 
     def _lying(self) -> tuple[np.ndarray, np.ndarray]:
         """The block of each output and input, as the rest of the stage orders them."""
-        outputs, inputs = self._blocks(self.out_perm), self._blocks(self.in_perm)
+        outputs, inputs = self.blocks()
         return (
             outputs if self.out_order is None else outputs[np.array(self.out_order)],
             inputs if self.in_order is None else inputs[np.array(self.in_order)],

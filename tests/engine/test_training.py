@@ -123,7 +123,7 @@ def test_the_log_has_live_channels_macs_and_the_time_left(images, tmp_path):
     assert re.search(r"eta: \d+:\d\d:\d\d", line)
     assert re.search(r"live_channels: 0\.\d+", line)
     assert re.search(r"macs: 0\.\d+", line)
-    assert "pruning CHEX to 50 % of its MACs" in text
+    assert "CHEX prunes to 50 % of its MACs" in text
     assert "CHEX update 2 at step 2" in text
     assert "run tools/export.py" in text
     scalars = [
