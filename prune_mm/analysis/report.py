@@ -69,8 +69,8 @@ def layer_lines(report: dict[str, Any]) -> list[tuple[str, str, str]]:
     ]
 
 
-def _width(shape: list[int]) -> str:
-    return " x ".join(str(size) for size in shape)
+def _width(shape: list[int] | None) -> str:
+    return "–" if shape is None else " x ".join(str(size) for size in shape)
 
 
 def _pair(values: dict[str, float]) -> tuple[float | None, float | None]:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from prune_mm.structures.low_rank import dense_shapes
 
 PRUNER_PREFIX = "pruner."
 #: State of later pruners in a list, whose shapes follow from the decisions of the earlier ones.
@@ -36,6 +39,10 @@ def check_checkpoint(model: nn.Module, checkpoint: dict, name: str, whole: bool 
         for key, tensor in model.state_dict().items()
         if not key.startswith(PRUNER_PREFIX) and (whole or not scope or key.startswith(f"{scope}."))
     }
+    if not any(".pair." in key for key in state):
+        # A dense checkpoint; its kernels are split when they are loaded.
+        shapes = dense_shapes({key: tensor.shape for key, tensor in needed.items()})
+        needed = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
     missing = [key for key in needed if key not in state and not key.endswith("num_batches_tracked")]
     if missing:
         raise ValueError(

@@ -235,19 +235,23 @@ def _report(source: _Source) -> dict[str, Any]:
     shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
     measured = scope_positions(source.dense, scope, source.input_size)
     positions = {name: count for name, count in measured.items() if name in shapes}
-    compact_shapes = source.plan.shapes(shapes)
+    compact_shapes, compact_positions = source.plan.shapes(shapes), source.plan.positions(positions)
     return {
         "model": type(source.dense).__name__,
         "scope": scope,
         "input_size": list(source.input_size),
         **source.facts,
         **_gathers(source.plan),
-        "macs": {"dense": count_macs(shapes, positions), "compact": count_macs(compact_shapes, positions)},
+        "macs": {"dense": count_macs(shapes, positions), "compact": count_macs(compact_shapes, compact_positions)},
         "params": {"dense": _parameters(module), "compact": _parameters(get_scope(source.small, scope))},
         "model_params": {"dense": _parameters(source.dense), "compact": _parameters(source.small)},
         "layers": {
-            name: {"dense": list(shapes[name]), "compact": list(compact_shapes[name]), "positions": positions[name]}
-            for name in positions
+            name: {
+                "dense": list(shapes[name]) if name in shapes else None,
+                "compact": list(compact_shapes[name]),
+                "positions": count,
+            }
+            for name, count in compact_positions.items()
         },
     }
 

@@ -79,6 +79,8 @@ class PruningHook(Hook):
             pruner.mask(module)
             check_agreement(pruner, step=int(pruner.last_update))
             self._status = pruner.status() | pruner.figures()
+            if pruner.wants_stop():
+                _end_training(runner, runner.epoch, runner.iter)
         self._sync_averages(runner)
         self._mask_averages(runner)
         self._watch_optimizer(runner, pruner, module)
@@ -115,6 +117,8 @@ class PruningHook(Hook):
         """Mask the averaged models, whose averages mix channels that lived at different times."""
         if self.pruner(runner).decides_after:
             self._update_if_due(runner, runner.iter + 1)
+            if self.pruner(runner).wants_stop():
+                _end_training(runner, runner.epoch + 1, runner.iter + 1)
         self._mask_averages(runner)
 
     def before_save_checkpoint(self, runner: Runner, checkpoint: dict) -> None:
@@ -157,9 +161,7 @@ class PruningHook(Hook):
         pruner.updates += 1
         pruner.last_update.fill_(step)
         self._sync_averages(runner)
-        print_log(
-            f"{pruner.label} update {int(pruner.updates)} at step {step}: {self._summary(runner)}", "current"
-        )
+        print_log(f"{pruner.label} update {int(pruner.updates)} at step {step}: {self._summary(runner)}", "current")
         if self.image_interval and (int(pruner.updates) % self.image_interval == 0 or step == runner.max_iters):
             for name, image in pruner.images(module):
                 runner.visualizer.add_image(name, image, step)
@@ -188,9 +190,10 @@ class PruningHook(Hook):
         wrappers = list(wrapper.values()) if isinstance(wrapper, OptimWrapperDict) else [wrapper]
         for item in wrappers:
             optimizer = item.optimizer
+            pruner.check_optimizer(module, optimizer)
             self._optimizer_hooks += [
-                optimizer.register_step_pre_hook(lambda *_: pruner.before_step(module)),
-                optimizer.register_step_post_hook(lambda *_: pruner.after_step(module)),
+                optimizer.register_step_pre_hook(lambda used, *_: pruner.before_step(module, used)),
+                optimizer.register_step_post_hook(lambda used, *_: pruner.after_step(module, used)),
             ]
 
     def _sync_averages(self, runner: Runner) -> None:
@@ -219,3 +222,13 @@ class PruningHook(Hook):
     @staticmethod
     def _seed(runner: Runner) -> int:
         return int(runner.seed or 0)
+
+
+def _end_training(runner: Runner, epochs: int, iterations: int) -> None:
+    """Let the training end after so many epochs or iterations, as if it had been that long: what it ends with is saved
+    and validated.
+    """
+    loop = runner.train_loop
+    if isinstance(loop, EpochBasedTrainLoop):
+        loop._max_epochs = epochs
+    loop._max_iters = iterations

@@ -4,6 +4,7 @@ from prune_mm.pruners.base import ChannelPruner, Decision, Pruner
 from prune_mm.pruners.chex import CHEX
 from prune_mm.pruners.gconv import GConvPrune
 from prune_mm.pruners.grouping import GroupPruner
+from prune_mm.pruners.hinge import Hinge
 from prune_mm.pruners.strucspars import StrucSpars
 from prune_mm.pruners.target import Target
 from prune_mm.pruners.uniform import UniformL1
@@ -14,6 +15,7 @@ __all__ = [
     "Decision",
     "GConvPrune",
     "GroupPruner",
+    "Hinge",
     "Pruner",
     "StrucSpars",
     "Target",

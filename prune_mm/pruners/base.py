@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from prune_mm.allocation import fit_to_budget, round_channels, uniform_keep
 from prune_mm.graph import ChannelGraph
@@ -98,12 +99,23 @@ class Pruner(nn.Module):
     def commit(self, module: nn.Module, decision: Decision, step: int) -> None:
         """Take over a decision: state and weights."""
 
-    def before_step(self, module: nn.Module) -> None:
+    def before_step(self, module: nn.Module, optimizer: Optimizer | None = None) -> None:
         """Called before each real optimizer step, after gradients are unscaled and clipped."""
 
     @abstractmethod
-    def after_step(self, module: nn.Module) -> None:
+    def after_step(self, module: nn.Module, optimizer: Optimizer | None = None) -> None:
         """Called after each real optimizer step."""
+
+    def check_optimizer(self, module: nn.Module, optimizer: Optimizer) -> None:
+        """Make sure before training that the optimizer is one the method can work with.
+
+        Raises:
+            ValueError: saying what the config needs.
+        """
+
+    def wants_stop(self) -> bool:
+        """Whether the training should end after this epoch."""
+        return False
 
     def finish(self, module: nn.Module) -> None:
         """Called once when the training has ended."""
@@ -292,7 +304,7 @@ class ChannelPruner(Pruner):
             self.masks.put(unit.name, decision[unit.name].to(self.masks[unit.name].device))
         self._forget()
 
-    def after_step(self, module: nn.Module) -> None:
+    def after_step(self, module: nn.Module, optimizer: Optimizer | None = None) -> None:
         """Mask again what the optimizer moved."""
         self.mask(module)
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from prune_mm.graph import ChannelGraph, ChannelGroup, ConvLayer, fold
 from prune_mm.pruners.base import Decision, Pruner, TensorBank
@@ -97,7 +98,7 @@ class GroupPruner(Pruner):
 
     # -- masks ------------------------------------------------------------------------------------------------
 
-    def after_step(self, module: nn.Module) -> None:
+    def after_step(self, module: nn.Module, optimizer: Optimizer | None = None) -> None:
         """Mask again what the optimizer moved."""
         self.mask(module)
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from prune_mm.graph import ChannelGraph, trace
 from prune_mm.pruners.base import Decision, Pruner, TensorBank
@@ -50,6 +51,7 @@ class PrunerSequence(Pruner):
         self.saved = TensorBank()
         self.register_buffer("active", torch.tensor(0))
         self._alive = 0
+        self._length: int | None = None
         self._lifted: dict[str, Tensor] | None = None
 
     @property
@@ -156,14 +158,18 @@ class PrunerSequence(Pruner):
         self._forget()
         self.mask(module)
 
-    def before_step(self, module: nn.Module) -> None:
+    def before_step(self, module: nn.Module, optimizer: Optimizer | None = None) -> None:
         """See :class:`Pruner`."""
-        self.first.before_step(module)
+        self.first.before_step(module, optimizer)
 
-    def after_step(self, module: nn.Module) -> None:
+    def after_step(self, module: nn.Module, optimizer: Optimizer | None = None) -> None:
         """Mask again what the optimizer moved."""
-        self.first.after_step(module)
+        self.first.after_step(module, optimizer)
         self._mask_lifted(module)
+
+    def check_optimizer(self, module: nn.Module, optimizer: Optimizer) -> None:
+        """See :class:`Pruner`."""
+        self.first.check_optimizer(module, optimizer)
 
     def mask(self, module: nn.Module) -> None:
         """All masks."""

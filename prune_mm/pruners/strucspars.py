@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from prune_mm.graph import ChannelGraph, ConvLayer
 from prune_mm.pruners.assignment import alternate_emd, solve_permutations
@@ -208,7 +209,7 @@ class StrucSpars(GroupPruner):
         self.mask(module)
 
     @torch.no_grad()
-    def before_step(self, module: nn.Module) -> None:
+    def before_step(self, module: nn.Module, optimizer: Optimizer | None = None) -> None:
         """Add the structured L1 to the gradients, which are unscaled by now."""
         strength = self.strength()
         if strength == 0.0:

@@ -174,11 +174,14 @@ class CostModel:
         full = [unit.channels for unit in self.units]
         self.dense_macs, self.dense_params, self.dense_channels = self.macs(full), self.params(full), sum(full)
 
-    def _size(self, name: str, counts: Sequence[int]) -> int:
+    def _shape(self, name: str, counts: Sequence[int]) -> list[int]:
         shape = list(self.shapes[name])
         for axis, index, copies in self._cuts.get(name, ()):
             shape[axis] -= copies * (self.units[index].channels - counts[index])
-        return math.prod(shape)
+        return shape
+
+    def _size(self, name: str, counts: Sequence[int]) -> int:
+        return math.prod(self._shape(name, counts))
 
     def macs(self, counts: Sequence[int]) -> int:
         """Multiply-adds of convolutions and linear layers."""

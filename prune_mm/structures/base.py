@@ -21,6 +21,8 @@ class Structure(ABC):
     """
 
     kind: ClassVar[str]
+    #: Whether it adds to a network, without changing what it computes, what another stage then cuts.
+    attaches: ClassVar[bool] = False
     name: str
 
     @abstractmethod
@@ -61,6 +63,9 @@ class Structure(ABC):
 
     def reshape(self, shapes: dict[str, list[int]]) -> None:
         """Whatever :meth:`rewrite` changes about the sizes of weights, for exact MACs without building anything."""
+
+    def place(self, positions: dict[str, int]) -> None:
+        """Whatever :meth:`rewrite` changes about the positions weights are applied at, for the same purpose."""
 
     @abstractmethod
     def to_dict(self) -> dict[str, Any]:

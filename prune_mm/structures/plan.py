@@ -41,16 +41,20 @@ class Plan:
             raise ValueError(f"the model has no module '{self.scope}' that the plan is about") from error
 
     def apply_masks(self, model: nn.Module) -> None:
-        """Give ``model`` the masked form of the first stage, in place.
+        """Give ``model`` the masked form, in place. Stages that only attach something are applied first.
 
         Raises:
-            ValueError: for a plan of several stages (later ones refer to shapes a dense model does not have), and
-                naming the tensor when the model is not the one the plan was made for.
+            ValueError: for a plan of several stages that cut (later ones refer to shapes a dense model does not
+                have), and naming the tensor when the model is not the one the plan was made for.
         """
-        if len(self.stages) > 1:
-            raise ValueError(f"only a plan of one stage has a masked form, this one has {len(self.stages)}")
-        for structure in self.stages[0] if self.stages else ():
-            structure.apply_mask(self.module(model))
+        module = self.module(model)
+        first = next((i for i, s in enumerate(self.stages) if not all(x.attaches for x in s)), len(self.stages))
+        if len(self.stages) > first + 1:
+            raise ValueError(f"only a plan of one stage has a masked form, this one has {len(self.stages) - first}")
+        for stage in self.stages[:first]:
+            compact_stage(module, stage)
+        for structure in self.stages[first] if first < len(self.stages) else ():
+            structure.apply_mask(module)
 
     def compact(self, model: nn.Module) -> nn.Module:
         """Give ``model`` the compact form, in place, and return it.
@@ -84,6 +88,14 @@ class Plan:
             for structure in stage:
                 structure.reshape(shapes)
         return {name: tuple(shape) for name, shape in shapes.items()}
+
+    def positions(self, dense: dict[str, int]) -> dict[str, int]:
+        """Positions the compact form's weights are applied at, from the dense ones."""
+        positions = dict(dense)
+        for stage in self.stages:
+            for structure in stage:
+                structure.place(positions)
+        return positions
 
     def to_json(self) -> str:
         """The plan as JSON text."""

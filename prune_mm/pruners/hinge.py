@@ -1,0 +1,461 @@
+"""Hinge: group sparsity on a matrix behind each convolution, between filter pruning and decomposition.
+
+Li et al., Group Sparsity: The Hinge Between Filter Pruning and Decomposition for Network Compression, CVPR 2020,
+arXiv 2003.08935.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from prune_mm.graph import ChannelGraph
+from prune_mm.pruners.base import ChannelPruner, Decision
+from prune_mm.pruners.hinge_constants import carry_constants, needs_carrier, readers_of
+from prune_mm.pruners.hinge_math import (
+    INIT_METHODS,
+    REGULARIZERS,
+    annealed,
+    balance_factor,
+    gradient_ratio,
+    group_norms,
+    init_pair,
+    learning_rates,
+    penalty,
+    prox_groups_,
+    prox_scale,
+    select_groups,
+    top_groups,
+)
+from prune_mm.pruners.hinge_search import best_threshold, published_threshold
+from prune_mm.pruners.hinge_units import HingeCost, HingeUnit, find_pairs, find_units
+from prune_mm.pruners.options import check_choice, check_flag, check_integer, check_positive, check_share
+from prune_mm.pruners.target import Target
+from prune_mm.registry import PRUNERS
+from prune_mm.structures import ConvPair, Structure
+from prune_mm.structures.low_rank import dense_kernel, dense_shapes, reset_unloaded_pair, set_pair
+from prune_mm.structures.plan import count_macs
+from prune_mm.structures.slots import get_tensor
+
+__all__ = ["Hinge", "init_pair", "prox_scale", "select_groups"]
+
+PLACEMENTS = ("auto", "rows", "both")
+
+
+@PRUNERS.register_module()
+class Hinge(ChannelPruner):
+    """Shrink rows and columns of a matrix A behind each convolution by proximal gradient, then drop the small ones.
+
+    Rows of A are intermediate channels: without some, the convolution becomes a pair (k x k, then 1x1). Columns are
+    outputs: without some, filters are pruned. After each epoch the cost of the would-be compact network is computed;
+    when it is within ``stop_limit`` of the target, a threshold that meets the target is searched, what is below it is
+    masked, and the training ends. Export that, and fine-tune the compact model.
+
+    The matrices want a larger learning rate than the weights; as published, a hundred times it::
+
+        optim_wrapper = dict(paramwise_cfg=dict(custom_keys={'.pair.': dict(lr_mult=100)}))
+
+    Args:
+        target: budget of the scope, ``dict(macs=0.5)`` or ``dict(params=0.5)``.
+        placement: where A is. ``auto``: behind k x k convolutions: columns where the outputs stay inside a block, rows
+            where they do not (basic blocks, wide ResNets); existing 1x1 convolutions play A where a block has them
+            (bottlenecks: outputs of conv1, inputs of conv3), and cardinality groups go as a whole (ResNeXt).
+            ``rows``: pairs everywhere, rows only (the published ``svd`` variants). ``both``: pairs everywhere, rows and,
+            inside blocks, columns (VGG).
+        pair_pointwise: with ``rows`` and ``both`` also attach pairs to 1x1 convolutions (DenseNet's transitions).
+        regularizer: ``l1``, ``l1-2``, ``l1d2``, ``logsum`` or ``l0``.
+        strength: lambda, the regularisation factor.
+        init_method: how a kernel is split into W and A: ``svd2``, ``svd``, ``p-identity``, ``p-random``, ``t-random``,
+            ``p-disturbance-u`` or ``p-disturbance-n``.
+        threshold: norm below which a group counts as gone while the cost is watched (theta).
+        min_share: share of the groups of each matrix that always stays.
+        stop_limit: how far above the target the watched cost may be when the search ends.
+        same_ratio: keep as many groups of a block's second matrix as of its first.
+        layer_balancing: weigh the strength of each matrix with its mean group norm at the start.
+        lr_adjust: keep both matrices of a block shrinking at one pace: ``p1`` or ``p2`` as published, or None. Without
+            matrices of both kinds there is nothing to adjust.
+        annealing: ``dict(factor=2, high=10, low=5)``: divide the strength by ``factor`` once the first matrices'
+            penalty, averaged over them, is at or below ``high``, twice at or below ``low``; None: not.
+        q: power of the penalty that is logged and annealed by.
+        prox_interval: steps between proximal steps.
+        carry_constants: what removed outputs still emit through norm and activation goes on to reach the next layers,
+            by one channel per group that emits for all of them. False: it is dropped.
+        published_search: find the final threshold with the published steps, which may miss the target.
+        ignore: regular expressions of layer names that stay as they are.
+        include_frozen: also change layers whose weights do not train.
+        seed: seed of random initialisations.
+
+    Raises:
+        ValueError: naming the argument, its value and what would be right.
+    """
+
+    by_epoch = False
+    decides_after = True
+    needs_training = True
+
+    def __init__(
+        self,
+        target: dict | Target,
+        placement: str = "auto",
+        pair_pointwise: bool = False,
+        regularizer: str = "l1",
+        strength: float = 2e-4,
+        init_method: str = "svd2",
+        threshold: float = 5e-3,
+        min_share: float = 0.2,
+        stop_limit: float = 0.1,
+        same_ratio: bool = False,
+        layer_balancing: bool = False,
+        lr_adjust: str | None = "p1",
+        annealing: dict | None = None,
+        q: float = 1.0,
+        prox_interval: int = 1,
+        epoch_iters: int | None = None,
+        carry_constants: bool = True,
+        published_search: bool = False,
+        ignore: Sequence[str] = (),
+        include_frozen: bool = False,
+        seed: int = 0,
+    ) -> None:
+        """See the class."""
+        super().__init__(Target.parse(target, ("macs", "params")), round_to=1, ignore=ignore, seed=seed)
+        check_choice("placement", placement, PLACEMENTS)
+        check_choice("regularizer", regularizer, REGULARIZERS)
+        check_choice("init_method", init_method, INIT_METHODS)
+        if lr_adjust is not None:
+            check_choice("lr_adjust", lr_adjust, ("p1", "p2"))
+        for name, flag in (
+            ("pair_pointwise", pair_pointwise),
+            ("same_ratio", same_ratio),
+            ("layer_balancing", layer_balancing),
+            ("carry_constants", carry_constants),
+            ("published_search", published_search),
+            ("include_frozen", include_frozen),
+        ):
+            check_flag(name, flag)
+        for name, value in (("strength", strength), ("threshold", threshold), ("q", q)):
+            check_positive(name, value)
+        check_share("min_share", min_share)
+        check_share("stop_limit", stop_limit)
+        check_integer("prox_interval", prox_interval, 1)
+        if epoch_iters is not None:
+            check_integer("epoch_iters", epoch_iters, 1)
+        if annealing is not None and (not isinstance(annealing, dict) or set(annealing) != {"factor", "high", "low"}):
+            raise ValueError(f"annealing={annealing!r} must be a dict(factor=, high=, low=)")
+        self.placement, self.pair_pointwise = placement, pair_pointwise
+        self.regularizer, self.lambda_, self.init_method = regularizer, float(strength), init_method
+        self.threshold, self.min_share, self.stop_limit = float(threshold), min_share, stop_limit
+        self.same_ratio, self.layer_balancing, self.lr_adjust = same_ratio, layer_balancing, lr_adjust
+        self.annealing, self.q, self.prox_interval, self.epoch_iters = annealing, float(q), prox_interval, epoch_iters
+        self.carry, self.published_search = carry_constants, published_search
+        self.ignore, self.include_frozen = tuple(ignore), include_frozen
+        self.pairs: dict[str, ConvPair] = {}
+        self.left_dense: dict[str, str] = {}
+        self._length: int | None = None
+        self._rates: list[float] = []
+        for name, value in (("concluded", torch.tensor(False)), ("steps", torch.tensor(0))):
+            self.register_buffer(name, value)
+        # 0: there has been no ratio yet.
+        self.register_buffer("ratio", torch.zeros((), dtype=torch.float64))
+        self.register_buffer("watched", torch.ones((), dtype=torch.float64))
+        self.register_buffer("found_threshold", torch.zeros((), dtype=torch.float64))
+
+    # -- build ------------------------------------------------------------------------------------------------
+
+    def attach(self, module: nn.Module, graph: ChannelGraph) -> list[Structure]:
+        """Pairs where the placement wants them."""
+        rows_everywhere = self.placement != "auto"
+        self.pairs, self.left_dense = find_pairs(
+            module, graph, rows_everywhere, self.pair_pointwise, self.init_method, self.ignore, self.include_frozen
+        )
+        return list(self.pairs.values())
+
+    def prepare(
+        self, module: nn.Module, graph: ChannelGraph, shapes: dict[str, tuple[int, ...]], positions: dict[str, int]
+    ) -> None:
+        """Choose matrices and group axes, and check that the target can be met.
+
+        Args:
+            module: the scope, with pairs attached.
+            graph: of that.
+            shapes: of that.
+            positions: of that.
+        """
+        self.units = find_units(
+            module, graph, self.pairs, self.placement, self.ignore, self.include_frozen, self.left_dense
+        )
+        self._inputs = graph.inputs
+        self.cost = HingeCost(shapes, positions, self.units, self.pairs)
+        dense = dense_shapes(shapes)
+        numbers = {name: positions.get(name, 0) for name in dense}
+        self.dense_cost = {
+            "macs": count_macs(dense, numbers),
+            "params": self.cost.params_of(dense),
+        }
+        self.target.check(self.dense_cost[self.target.kind])
+        self._carried = [self.carry and needs_carrier(module, unit) for unit in self.units]
+        for unit in self.units:
+            self.masks.put(unit.name, torch.ones(unit.channels, dtype=torch.bool))
+        self.register_buffer("balance", torch.ones(len(self.units), dtype=torch.float64))
+        least = self._share([max(int(unit.channels * self.min_share + 1e-9), 1) for unit in self.units])
+        wanted = self._wanted()
+        if least > wanted:
+            raise ValueError(
+                f"target {self.target} is out of reach: with min_share={self.min_share} the scope still has "
+                f"{least:.1%} of its {self.target.noun}"
+            )
+
+    def set_schedule(self, epochs: int | None, iterations: int) -> None:
+        """Learn when epochs end."""
+        if epochs is None:
+            if self.epoch_iters is None:
+                raise ValueError("a training that counts iterations needs epoch_iters, the iterations of an epoch")
+            self._length = self.epoch_iters
+        elif self.epoch_iters is not None:
+            raise ValueError(f"epoch_iters={self.epoch_iters} is for a training that counts iterations; drop it")
+        else:
+            self._length = iterations // max(epochs, 1)
+        self._total = iterations
+
+    def check_optimizer(self, module: nn.Module, optimizer: Optimizer) -> None:
+        """The learning rates of the matrices must be their own when they are adjusted."""
+        if not self._adjusts():
+            return
+        for group in optimizer.param_groups:
+            kinds = {self._kind(module).get(id(parameter), 0) for parameter in group["params"]}
+            if len(kinds) > 1:
+                raise ValueError(
+                    f"lr_adjust={self.lr_adjust!r} needs parameter groups of their own for the matrices: set "
+                    "optim_wrapper.paramwise_cfg=dict(custom_keys={'.pair.': dict(lr_mult=100)}), with the names of "
+                    f"{self._example()}; or lr_adjust=None"
+                )
+
+    def _example(self) -> str:
+        names = list(dict.fromkeys(name for unit in self.units for name, _ in unit.matrices))
+        return ", ".join(names[:2])
+
+    def _adjusts(self) -> bool:
+        return self.lr_adjust is not None and {unit.which for unit in self.units} == {1, 2}
+
+    def _kind(self, module: nn.Module) -> dict[int, int]:
+        """1 for the first matrices, 2 for the second, by identity of the parameter."""
+        return {id(module.get_parameter(name)): unit.which for unit in self.units for name, _ in unit.matrices}
+
+    # -- life -------------------------------------------------------------------------------------------------
+
+    def start(self, module: nn.Module) -> Decision:
+        """Split every kernel, as loaded, into W and A; and the factors of layer balancing."""
+        decision: Decision = {}
+        for index, (name, pair) in enumerate(self.pairs.items()):
+            conv = module.get_submodule(name)
+            reset_unloaded_pair(conv)
+            normalize = "row" if self._is_second(name) else "col"
+            weight, matrix = init_pair(dense_kernel(conv), self.init_method, self.seed + index, normalize=normalize)
+            decision[f"W:{name}"], decision[f"A:{name}"] = weight, matrix
+            assert matrix.shape[0] == pair.rank
+        return decision
+
+    def _is_second(self, name: str) -> bool:
+        return any(unit.which == 2 and unit.matrices[0][0].startswith(f"{name}.") for unit in self.units)
+
+    def due(self, step: int) -> bool:
+        """After each epoch, until the search has ended."""
+        if bool(self.concluded) or step <= 0 or self._length is None:
+            return False
+        return step % self._length == 0 or step == self._total
+
+    def decide(self, module: nn.Module, step: int, features: dict[str, Tensor] | None = None) -> Decision:
+        """Look at the cost; near the target, or at the end of the training, decide what goes."""
+        share = self._share_at(module, self.threshold)
+        near = share - self._wanted() <= self.stop_limit
+        watched = {"watched": torch.tensor(share, dtype=torch.float64)}
+        return watched | (self._final(module) if near or step == self._total else {})
+
+    def commit(self, module: nn.Module, decision: Decision, step: int) -> None:
+        """Take over a split, or the final decision."""
+        for name in self.pairs:
+            if f"W:{name}" in decision:
+                set_pair(module.get_submodule(name), decision[f"W:{name}"], decision[f"A:{name}"])
+        if not bool(self.started) and self.layer_balancing:
+            factors = [balance_factor(self._norms(module, unit)) for unit in self.units]
+            self.balance.copy_(torch.tensor(factors, dtype=torch.float64))
+        if "watched" in decision:
+            self.watched.copy_(decision["watched"])
+        if "threshold" in decision:
+            self.found_threshold.copy_(decision["threshold"])
+            for name, tensor in decision.items():
+                if name.startswith("K:"):
+                    get_tensor(module, name.removeprefix("K:")).data.copy_(tensor)
+            for unit in self.units:
+                for part in unit.parts(module):
+                    part[~decision[f"V:{unit.name}"].to(part.device)] = 0.0
+            self.set_masks(decision)
+            self.concluded.fill_(True)
+            self.mask(module)
+
+    def _silence(self, module: nn.Module, decision: Decision) -> None:
+        """Zero the groups that go, and let what they still emit reach the layers behind, in place.
+
+        Adds the kernels that carry it to the decision: what is emitted depends on running statistics, and those of
+        rank 0 are meant.
+        """
+        for index, unit in enumerate(self.units):
+            keep = decision[unit.name]
+            if bool(keep.all()):
+                continue
+            for part in unit.parts(module):
+                part[~keep.to(part.device)] = 0.0
+            if self._carried[index]:
+                decision[unit.name] = carry_constants(module, self._inputs, unit, keep)
+        for index, unit in enumerate(self.units):
+            if self._carried[index] and not bool(decision[unit.name].all()):
+                for name in readers_of(module, unit):
+                    decision[f"K:{name}"] = get_tensor(module, name).detach().clone()
+
+    @torch.no_grad()
+    def before_step(self, module: nn.Module, optimizer: Optimizer | None = None) -> None:
+        """Adjust learning rates to the gradients of both kinds of matrices."""
+        if bool(self.concluded) or optimizer is None or not self._adjusts():
+            return
+        sums = {1: 0.0, 2: 0.0}
+        for unit in self.units:
+            gradients = unit.gradients(module)
+            if gradients:
+                sums[unit.which] += float(group_norms(gradients).sum())
+        previous = float(self.ratio) or None
+        self.ratio.fill_(gradient_ratio(sums[1], sums[2], previous))
+        kinds = self._kind(module)
+        self._rates = [group["lr"] for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            kind = kinds.get(id(group["params"][0]), 0) if group["params"] else 0
+            base = [group["lr"]] * 3
+            group["lr"] = learning_rates(base, float(self.ratio), self.lr_adjust)[kind]
+
+    @torch.no_grad()
+    def after_step(self, module: nn.Module, optimizer: Optimizer | None = None) -> None:
+        """The proximal step; once the search has ended, masks."""
+        if bool(self.concluded):
+            self.mask(module)
+            return
+        self.steps += 1
+        if optimizer is not None and int(self.steps) % self.prox_interval == 0:
+            self._proximal_step(module, self._rate(module, optimizer))
+        if optimizer is not None and self._rates:
+            # Schedulers compute the next rate from this one.
+            for group, rate in zip(optimizer.param_groups, self._rates):
+                group["lr"] = rate
+            self._rates = []
+
+    def _rate(self, module: nn.Module, optimizer: Optimizer) -> float:
+        """Learning rate of the second matrices (of the first, where there is no second)."""
+        kinds = self._kind(module)
+        rates = {kinds.get(id(p), 0): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+        return rates.get(2, rates.get(1, 0.0))
+
+    def _proximal_step(self, module: nn.Module, rate: float) -> None:
+        strength = self._strength(module)
+        for unit, factor in zip(self.units, self.balance.tolist()):
+            prox_groups_(unit.parts(module), strength * rate * factor, self.regularizer)
+
+    def _strength(self, module: nn.Module) -> float:
+        if self.annealing is None:
+            return self.lambda_
+        return annealed(self.lambda_, self._penalty(module, 1), **self.annealing)
+
+    def _penalty(self, module: nn.Module, which: int) -> float:
+        """Mean over the first (second) matrices of their penalty."""
+        found = [penalty(self._norms(module, unit), self.q) for unit in self.units if unit.which == which]
+        return sum(found) / max(len(found), 1)
+
+    def conclude(self, module: nn.Module) -> bool:
+        """Decide what goes now, when the search has not ended."""
+        if bool(self.concluded):
+            return False
+        self.commit(module, self._final(module), 0)
+        return True
+
+    def settled(self) -> bool:
+        """Whether the search has ended."""
+        return bool(self.concluded)
+
+    def wants_stop(self) -> bool:
+        """The search trains no further than it must; what follows is the fine-tuning of the compact model."""
+        return bool(self.concluded)
+
+    # -- what goes --------------------------------------------------------------------------------------------
+
+    def _norms(self, module: nn.Module, unit: HingeUnit) -> Tensor:
+        return group_norms(unit.parts(module)).cpu()
+
+    def _kept(self, norms: Sequence[Tensor], threshold: float) -> list[Tensor]:
+        """Groups of each unit that survive a threshold; the second of a block may follow its first."""
+        kept: list[Tensor] = []
+        for unit, v in zip(self.units, norms):
+            leader = unit.follows
+            if self.same_ratio and leader is not None:
+                kept.append(top_groups(v, min(kept[leader].numel(), v.numel())))
+            else:
+                kept.append(select_groups(v, threshold, self.min_share))
+        return kept
+
+    def _share(self, counts: Sequence[int]) -> float:
+        """Cost with so many groups in each unit, and its carriers, as a share of the dense scope."""
+        full = [
+            min(count + 1, unit.channels) if carried and count < unit.channels else count
+            for count, unit, carried in zip(counts, self.units, self._carried)
+        ]
+        return self.cost.of(self.target.kind, full) / self.dense_cost[self.target.kind]
+
+    def _share_at(self, module: nn.Module, threshold: float) -> float:
+        norms = [self._norms(module, unit) for unit in self.units]
+        return self._share([kept.numel() for kept in self._kept(norms, threshold)])
+
+    def _wanted(self) -> float:
+        dense = self.dense_cost[self.target.kind]
+        return self.target.budget(dense) / dense
+
+    def _final(self, module: nn.Module) -> Decision:
+        """Masks of the smallest threshold that meets the target."""
+        norms = [self._norms(module, unit) for unit in self.units]
+
+        def share_at(threshold: float) -> float:
+            return self._share([kept.numel() for kept in self._kept(norms, threshold)])
+
+        if self.published_search:
+            found = published_threshold(share_at, self._wanted(), self.threshold)
+        else:
+            found = best_threshold(norms, share_at, self._wanted())
+        decision: Decision = {"threshold": torch.tensor(found.threshold, dtype=torch.float64)}
+        for unit, kept in zip(self.units, self._kept(norms, found.threshold)):
+            decision[unit.name] = torch.zeros(unit.channels, dtype=torch.bool).index_fill_(0, kept, True)
+            decision[f"V:{unit.name}"] = decision[unit.name]
+        self._silence(copy.deepcopy(module), decision)
+        return decision
+
+    def structures(self) -> list[Structure]:
+        """Pairs that lose rows or are merged, and slices of outputs."""
+        masks = {unit.name: self.masks[unit.name].cpu() for unit in self.units}
+        counts = [int(masks[unit.name].sum()) for unit in self.units]
+        found: list[Structure] = self.cost.pair_structures(counts, masks) if bool(self.concluded) else []
+        return found + [
+            unit.structure(masks[unit.name])
+            for unit in self.units
+            if not unit.is_rows and not bool(masks[unit.name].all())
+        ]
+
+    def status(self) -> dict[str, float]:
+        """Shares of MACs and parameters of the dense scope that the decision leaves; nothing goes before the end."""
+        counts = self.counts()
+        if not bool(self.concluded):
+            return {"macs": 1.0, "params": 1.0}
+        return {kind: self.cost.of(kind, counts) / max(self.dense_cost[kind], 1) for kind in ("macs", "params")}
+
+    def figures(self) -> dict[str, float]:
+        """Share of the dense cost that the watched threshold leaves, running ratio of gradients, final threshold."""
+        found = {"watched_cost": float(self.watched)}
+        found |= {"gradient_ratio": float(self.ratio)} if self._adjusts() else {}
+        return found | ({"threshold": float(self.found_threshold)} if bool(self.concluded) else {})
