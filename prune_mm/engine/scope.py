@@ -16,16 +16,15 @@ _TRACE_SIZES = (64, 96, 128, 224, 320, 512)
 
 
 def get_scope(model: nn.Module, scope: str) -> nn.Module:
-    """The submodule ``scope`` of ``model``.
+    """The submodule ``scope`` of ``model``; empty: the model itself (a classifier with its head).
 
     Raises:
         ValueError: when it names no module, with the names there are.
     """
-    if scope:
-        try:
-            return model.get_submodule(scope)
-        except AttributeError:
-            pass
+    try:
+        return model.get_submodule(scope)
+    except AttributeError:
+        pass
     names = ", ".join(name for name, _ in model.named_children() if name not in ("data_preprocessor", "pruner"))
     raise ValueError(f"scope={scope!r} names no module of {type(model).__name__}; there are: {names}")
 
@@ -75,7 +74,7 @@ def scope_inputs(model: nn.Module, scope: str, size: tuple[int, int]) -> tuple[A
     channels = channels if isinstance(channels, int) and channels in (1, 3, 4) else 3
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(1, channels, *size, generator=generator).to(parameter.device)
-    if scope == "backbone" or not hasattr(model, "extract_feat"):
+    if scope in ("", "backbone") or not hasattr(model, "extract_feat"):
         return (image,)
     seen: list[tuple[Any, ...]] = []
 

@@ -5,6 +5,7 @@ from prune_mm.pruners.chex import CHEX
 from prune_mm.pruners.gconv import GConvPrune
 from prune_mm.pruners.grouping import GroupPruner
 from prune_mm.pruners.hinge import Hinge
+from prune_mm.pruners.onexn import OneByN
 from prune_mm.pruners.strucspars import StrucSpars
 from prune_mm.pruners.target import Target
 from prune_mm.pruners.uniform import UniformL1
@@ -16,6 +17,7 @@ __all__ = [
     "GConvPrune",
     "GroupPruner",
     "Hinge",
+    "OneByN",
     "Pruner",
     "StrucSpars",
     "Target",

@@ -93,7 +93,7 @@ def axis_order(slot: Slot, order: Sequence[int]) -> Tensor:
     channels, counts = np.unique(own[by_channel], return_counts=True)
     arriving = np.array(order, dtype=np.int64)[channels]
     # The group may have channels that do not lie here (producers side by side): those here stay among themselves.
-    if counts.size and (counts != counts[0]).any() or not np.array_equal(np.sort(arriving), channels):
+    if (counts.size and (counts != counts[0]).any()) or not np.array_equal(np.sort(arriving), channels):
         raise ValueError(f"'{slot.tensor}' does not hold all channels of the group alike")
     copies = int(counts[0]) if counts.size else 0
     result[by_channel] = by_channel.reshape(-1, copies)[np.searchsorted(channels, arriving)].ravel() if copies else []
