@@ -35,7 +35,8 @@ def fold(convs: Sequence[GroupedConv], groups: Iterable[ChannelGroup]) -> list[S
     """
     groups, layout = list(groups), _Layout(convs)
     for _ in range(PASSES):
-        if not any([layout.improve(group) for group in groups]):
+        improved = [layout.improve(group) for group in groups]
+        if not any(improved):
             break
     chosen = [(group, layout.chosen[group.name]) for group in groups if group.name in layout.chosen]
     return [*(ChannelOrder(group.name, tuple(order.tolist()), group.slots) for group, order in chosen), *convs]

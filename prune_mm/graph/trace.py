@@ -14,7 +14,7 @@ from prune_mm.graph.grouping import check_grouping
 from prune_mm.graph.groups import ChannelGraph
 from prune_mm.graph.shadow import ShadowTracer
 from prune_mm.graph.tensors import tensors_in, tensors_of
-from prune_mm.graph.verify import freeze_what_fails
+from prune_mm.graph.verify import drop_shortcuts_that_fail, freeze_what_fails
 
 
 def trace(module: nn.Module, example_inputs: Any, verify: bool = True, grouping: bool = False) -> ChannelGraph:
@@ -58,6 +58,7 @@ def trace(module: nn.Module, example_inputs: Any, verify: bool = True, grouping:
     graph.unprunable, graph.inputs = _left_out(tracer, graph), inputs
     if verify:
         freeze_what_fails(module, inputs, graph)
+        drop_shortcuts_that_fail(module, inputs, graph)
     if grouping:
         check_grouping(module, inputs, graph)
     return graph

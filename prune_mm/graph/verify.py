@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prune_mm.graph.groups import ChannelGraph, ChannelGroup
+from prune_mm.graph.groups import ChannelGraph, ChannelGroup, Shortcut
 from prune_mm.graph.tensors import tensors_of
 from prune_mm.structures.base import Structure
-from prune_mm.structures.channel_slice import ChannelSlice
+from prune_mm.structures.channel_slice import ChannelSlice, ShortcutSlice
 from prune_mm.structures.plan import compact_stage
 from prune_mm.structures.slots import get_tensor, set_tensor
 
@@ -56,6 +56,16 @@ def freeze_what_fails(module: nn.Module, inputs: tuple, graph: ChannelGraph, see
             for group, failure in rejected(checker, context, groups):
                 cause = f"{graph.fragile[group.name]}; " if group.name in graph.fragile else ""
                 graph.freeze(group.name, f"the code fixes its width ({cause}{failure})")
+
+
+def drop_shortcuts_that_fail(module: nn.Module, inputs: tuple, graph: ChannelGraph, seed: int = 0) -> None:
+    """Forget the shortcut projections of ``graph`` whose rows cannot be left out exactly."""
+    if not graph.shortcuts:
+        return
+    checker = _ShortcutChecker(module, inputs, seed)
+    if checker.failure(graph.shortcuts) is not None:
+        failed = {shortcut.layer for shortcut, _ in rejected(checker, None, graph.shortcuts)}
+        graph.shortcuts = [shortcut for shortcut in graph.shortcuts if shortcut.layer not in failed]
 
 
 def rejected(checker: Checker, context: list | None, groups: list) -> Iterator[tuple[Any, str]]:
@@ -138,6 +148,19 @@ class Checker:
         return ChannelSlice.from_mask(group.name, keep, group.slots)
 
 
+class _ShortcutChecker(Checker):
+    """Checks shortcut projections that lose rows at random."""
+
+    def failure(self, shortcuts: list[Shortcut]) -> str | None:
+        """None when masked and compact agree, else what went wrong."""
+        pieces = []
+        for shortcut in shortcuts:
+            keep = torch.rand(shortcut.channels, generator=self.generator) < 0.6
+            keep[0], keep[-1] = True, False
+            pieces.append(ShortcutSlice.from_shortcut(shortcut.layer, keep, shortcut.slots, shortcut.end))
+        return self.compare(pieces, {slot.tensor for shortcut in shortcuts for slot in shortcut.slots})
+
+
 def _tensors_of(groups: list[ChannelGroup]) -> set[str]:
     return {slot.tensor for group in groups for slot in group.slots}
 
@@ -147,7 +170,7 @@ def _put_back(module: nn.Module) -> Iterator[None]:
     """Undo whatever happens to the attributes of a module tree; tensors themselves must not be written to."""
     saved = []
     for child in module.modules():
-        state = {key: value.copy() if isinstance(value, dict) else value for key, value in vars(child).items()}
+        state = {key: value.copy() if isinstance(value, (dict, set)) else value for key, value in vars(child).items()}
         saved.append((child, state))
     try:
         yield

@@ -1,7 +1,7 @@
 """Which rows and columns of a layer sit together: permutations that make its kernel norms block diagonal.
 
 Wanted are an output and an input permutation that minimise J = sum(C * norms[out_perm][:, in_perm]), with C the cost
-matrix of `strucspars_math`: power^t for mass that tier t of the nested 2 x 2 splits cuts off. The published method
+matrix of `strucspars_tiers`: power^t for mass that tier t of the nested 2 x 2 splits cuts off. The published method
 alternates two exact assignments, rows with columns fixed and columns with rows fixed (`alternate_emd`); it stops in
 local optima, and its price grows with the third power. `solve_permutations` orders from the top by bisection
 (`assignment_bisect`), then improves in place (`assignment_refine`).
@@ -23,7 +23,7 @@ from torch import Tensor
 
 from prune_mm.pruners.assignment_bisect import bisect_order
 from prune_mm.pruners.assignment_refine import leaf_costs, reassign_rows
-from prune_mm.pruners.strucspars_math import check_norms, check_power, cost_matrix, depth, unchecked_tier_masses
+from prune_mm.pruners.strucspars_tiers import check_norms, check_power, cost_matrix, depth, unchecked_tier_masses
 
 Start = tuple[Tensor | np.ndarray, Tensor | np.ndarray]
 _Pair = tuple[np.ndarray, np.ndarray]

@@ -107,7 +107,7 @@ def _annealed(
         scores = y @ transposed
         x = _hard_signs(scores)
         before, agreement = agreement, np.einsum("gkn,gkn->gk", scores, x)
-        if before is not None and (agreement <= before * np.float32(1.0 + 1e-6)).all():
+        if before is not None and (agreement.max(axis=1) <= before.max(axis=1) * np.float32(1.0 + 1e-6)).all():
             break
     return x, y, agreement
 
@@ -115,8 +115,8 @@ def _annealed(
 def _effort(size: int) -> tuple[int, int]:
     """Starts and soft alternations for blocks of a size: large ones differ little from start to start."""
     if size >= 256:
-        return 4, 8
-    return (6, 9) if size >= 64 else (8, 10)
+        return 4, 6
+    return (6, 8) if size >= 64 else (8, 10)
 
 
 def bisect_order(norms: np.ndarray, tiers: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -7,7 +7,6 @@ arXiv 1811.09341.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import nn

@@ -57,16 +57,16 @@ class Hinge(ChannelPruner):
 
     The matrices want a larger learning rate than the weights; as published, a hundred times it::
 
-        optim_wrapper = dict(paramwise_cfg=dict(custom_keys={'.pair.': dict(lr_mult=100)}))
+        optim_wrapper = dict(paramwise_cfg=dict(custom_keys={'.pair.weight': dict(lr_mult=100)}))
 
     Args:
         target: budget of the scope, ``dict(macs=0.5)`` or ``dict(params=0.5)``.
         placement: where A is. ``auto``: behind k x k convolutions: columns where the outputs stay inside a block, rows
             where they do not (basic blocks, wide ResNets); existing 1x1 convolutions play A where a block has them
             (bottlenecks: outputs of conv1, inputs of conv3), and cardinality groups go as a whole (ResNeXt).
-            ``rows``: pairs everywhere, rows only (the published ``svd`` variants). ``both``: pairs everywhere, rows and,
-            inside blocks, columns (VGG).
-        pair_pointwise: with ``rows`` and ``both`` also attach pairs to 1x1 convolutions (DenseNet's transitions).
+            ``rows``: pairs everywhere, rows only (the published ``svd`` variants). ``both``: pairs everywhere, rows
+            and, inside blocks, columns (VGG).
+        pair_pointwise: also attach pairs to 1x1 convolutions (DenseNet's transitions).
         regularizer: ``l1``, ``l1-2``, ``l1d2``, ``logsum`` or ``l0``.
         strength: lambda, the regularisation factor.
         init_method: how a kernel is split into W and A: ``svd2``, ``svd``, ``p-identity``, ``p-random``, ``t-random``,
@@ -74,7 +74,7 @@ class Hinge(ChannelPruner):
         threshold: norm below which a group counts as gone while the cost is watched (theta).
         min_share: share of the groups of each matrix that always stays.
         stop_limit: how far above the target the watched cost may be when the search ends.
-        same_ratio: keep as many groups of a block's second matrix as of its first.
+        same_ratio: keep the same share of the groups of a block's second matrix as of its first.
         layer_balancing: weigh the strength of each matrix with its mean group norm at the start.
         lr_adjust: keep both matrices of a block shrinking at one pace: ``p1`` or ``p2`` as published, or None. Without
             matrices of both kinds there is nothing to adjust.
@@ -230,8 +230,8 @@ class Hinge(ChannelPruner):
             if len(kinds) > 1:
                 raise ValueError(
                     f"lr_adjust={self.lr_adjust!r} needs parameter groups of their own for the matrices: set "
-                    "optim_wrapper.paramwise_cfg=dict(custom_keys={'.pair.': dict(lr_mult=100)}), with the names of "
-                    f"{self._example()}; or lr_adjust=None"
+                    "optim_wrapper.paramwise_cfg=dict(custom_keys={'.pair.weight': dict(lr_mult=100)}), with the "
+                    f"names of {self._example()}; or lr_adjust=None"
                 )
 
     def _example(self) -> str:
@@ -367,8 +367,9 @@ class Hinge(ChannelPruner):
         return annealed(self.lambda_, self._penalty(module, 1), **self.annealing)
 
     def _penalty(self, module: nn.Module, which: int) -> float:
-        """Mean over the first (second) matrices of their penalty."""
-        found = [penalty(self._norms(module, unit), self.q) for unit in self.units if unit.which == which]
+        """Mean over the first (second) matrices of their penalty; rows count where rows and columns are groups."""
+        units = {unit.matrices[0][0]: unit for unit in reversed(self.units) if unit.which == which}
+        found = [penalty(self._norms(module, unit), self.q) for unit in units.values()]
         return sum(found) / max(len(found), 1)
 
     def conclude(self, module: nn.Module) -> bool:
@@ -397,7 +398,8 @@ class Hinge(ChannelPruner):
         for unit, v in zip(self.units, norms):
             leader = unit.follows
             if self.same_ratio and leader is not None:
-                kept.append(top_groups(v, min(kept[leader].numel(), v.numel())))
+                share = kept[leader].numel() / self.units[leader].channels
+                kept.append(top_groups(v, max(round(share * v.numel()), 1)))
             else:
                 kept.append(select_groups(v, threshold, self.min_share))
         return kept

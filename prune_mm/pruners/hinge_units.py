@@ -151,8 +151,9 @@ def _of_pair(graph: ChannelGraph, rows: ChannelGroup, placement: str) -> list[Hi
     name, matrix = rows.name, f"{rows.name}.pair.weight"
     inner = _inner(graph, f"{name}.pair")
     columns = inner and HingeUnit(inner.name, inner.channels, inner.slots, matrices=((matrix, 0),), which=1)
-    first = 1 if inner is not None or placement == "both" else 2
-    by_row = HingeUnit(name, rows.channels, rows.slots, matrices=((matrix, 1),), which=first, is_rows=True)
+    # Only what a residual add takes ends a block; other outputs that must stay are those of the scope.
+    ends = any(f"{name}.pair" in group.producers and group.coupled for group in graph.groups)
+    by_row = HingeUnit(name, rows.channels, rows.slots, matrices=((matrix, 1),), which=1 + ends, is_rows=True)
     if placement == "auto":
         return [columns or by_row]
     return [by_row, columns] if placement == "both" and columns else [by_row]

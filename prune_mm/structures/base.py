@@ -37,6 +37,10 @@ class Structure(ABC):
         """How the compact form is re-arranged: ``(tensor name, axis, old index per new index)``."""
         return []
 
+    def claims(self) -> list[str]:
+        """Tensors that :meth:`rewrite` lays out anew, and that nothing else of the stage may cut or lay out."""
+        return []
+
     def within(
         self, cuts: dict[tuple[str, int], Tensor], orders: dict[tuple[str, int], Tensor] | None = None
     ) -> Structure:

@@ -142,6 +142,10 @@ class BlockSparse(Structure):
         """Nothing is left out along a whole axis; see :meth:`rewrite`."""
         return []
 
+    def claims(self) -> list[str]:
+        """See :meth:`Structure.claims`."""
+        return [self.weight, f"{self.name}.bias"]
+
     def within(
         self, cuts: dict[tuple[str, int], Tensor], orders: dict[tuple[str, int], Tensor] | None = None
     ) -> BlockSparse:

@@ -110,6 +110,10 @@ class GroupedConv(Structure):
         """Nothing is left out along a whole axis; see :meth:`rewrite`."""
         return []
 
+    def claims(self) -> list[str]:
+        """See :meth:`Structure.claims`."""
+        return [self.weight, self.weight.removesuffix("weight") + "bias"]
+
     def within(
         self, cuts: dict[tuple[str, int], Tensor], orders: dict[tuple[str, int], Tensor] | None = None
     ) -> GroupedConv:

@@ -172,8 +172,15 @@ def resolve(stage: Sequence[Structure]) -> tuple[Structure, ...]:
     """The structures of a stage in the form they take beside each other; see :meth:`Structure.within`.
 
     Raises:
-        ValueError: as :func:`merge_cuts` and :func:`merge_orders`.
+        ValueError: as :func:`merge_cuts` and :func:`merge_orders`, and when structures contradict each other.
     """
+    cut = {name for structure in stage for name, _, _ in structure.cuts()}
+    claimed: set[str] = set()
+    for structure in stage:
+        for name in structure.claims():
+            if name in cut or name in claimed:
+                raise ValueError(f"damaged plan: '{name}' is changed by several structures of one stage")
+            claimed.add(name)
     first = merge_cuts([structure for structure in stage if type(structure).within is Structure.within])
     orders = merge_orders(stage)
     return tuple(structure.within(first, orders) for structure in stage)

@@ -227,7 +227,7 @@ def test_gathers_left_in_resnet50(as_backbone, left):
 
 
 def test_gathers_left_in_resnet50_when_partitions_agree():
-    """Every layer in two groups of even and odd channels: no gather is left but the one at the stem's side."""
+    """Every layer in two groups of even and odd channels: no gather is left."""
     torch.manual_seed(0)
     net = torchvision.models.resnet50(num_classes=10)
     graph = trace(net, torch.randn(1, 3, 64, 64), grouping=True)
@@ -237,6 +237,43 @@ def test_gathers_left_in_resnet50_when_partitions_agree():
     ]
     _, stage = assert_group_law(net, graph, convs, (torch.randn(1, 3, 64, 64),))
     assert (count_gathers(convs), count_gathers(stage)) == (104, 0)
+
+
+#: Network: convolutions that can be divided, gathers around random groups of all of them, and how many are left.
+FAMILIES = {
+    "densenet121": (119, 225, 116),
+    "resnext50_32x4d": (52, 92, 87),
+    "mobilenet_v3_small": (40, 76, 51),
+    "shufflenet_v2_x0_5": (37, 70, 52),
+}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families_of_torchvision(name):
+    """Concatenations; groups from the start; depthwise convolutions and gates; shuffles of a fixed width."""
+    torch.manual_seed(0)
+    net = torchvision.models.get_model(name, weights=None, num_classes=10)
+    graph = trace(net, torch.randn(1, 3, 64, 64), grouping=True)
+    convs = random_convs(graph, 0)
+    _, stage = assert_group_law(net, graph, convs, (torch.randn(1, 3, 96, 64),))
+    assert (len(convs), count_gathers(convs), count_gathers(stage)) == FAMILIES[name]
+
+
+@pytest.mark.parametrize("name", ["res2net", "cspdarknet", "hrnet", "trident", "hourglass", "group norm"])
+def test_families_of_mmdetection(name):
+    """Splits, cross-stage concatenations, sums of many branches, one weight at three dilations, nested hourglasses."""
+    pytest.importorskip("mmdet.models", exc_type=ImportError)
+    from graph.test_mmdet_backbones import FREE
+    from graph.test_mmdet_backbones import build as build_backbone
+
+    config, size, _ = FREE[name]
+    module = build_backbone(config)
+    graph = trace(module, torch.randn(1, 3, size, size), grouping=True)
+    names = {name for name, child in module.named_modules() if isinstance(child, nn.Conv2d)}
+    assert names <= {conv.name for conv in graph.convs} | set(graph.not_groupable)
+    _, stage = assert_group_law(module, graph, random_convs(graph, 0), (torch.randn(1, 3, size + 64, size),))
+    moved = [structure for structure in stage if isinstance(structure, ChannelOrder)]
+    assert bool(moved) == (name != "group norm")
 
 
 def test_fold_is_repeatable_and_leaves_its_arguments():

@@ -218,7 +218,8 @@ def test_the_module_is_left_as_it_was():
     again = [{k: repr(v) for k, v in vars(child).items() if not k.startswith("_")} for child in module.modules()]
     assert attributes == again
     for child in module.modules():
-        assert not (child._forward_hooks or child._forward_pre_hooks or child._non_persistent_buffers_set)
+        assert not {**child._forward_hooks, **child._forward_pre_hooks}
+        assert not child._non_persistent_buffers_set
         assert not hasattr(child, "gather_in")
     assert all(p.grad is None for p in module.parameters())
 

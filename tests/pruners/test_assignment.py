@@ -143,7 +143,7 @@ class TestSolver:
         assert (long >= 0).all()
 
     @given(matrices, st.sampled_from([1, 5, 20]), st.sampled_from([0.25, 0.5, 0.9, 1.0]))
-    @settings(deadline=None, max_examples=60)
+    @settings(deadline=None, max_examples=30)
     def test_never_worse_than_the_alternation(self, norms, rounds, power):
         found = solve_permutations(norms, power, rounds)
         check(norms, found, power)
@@ -159,7 +159,7 @@ class TestSolver:
         assert found.objective <= alternate_emd(norms, rounds=rounds).objective * (1 + 1e-9)
 
     @given(matrices, st.integers(0, 2**32 - 1))
-    @settings(deadline=None, max_examples=40)
+    @settings(deadline=None, max_examples=30)
     def test_never_worse_than_the_start(self, norms, seed):
         random = np.random.default_rng(seed)
         start = random.permutation(norms.shape[0]), random.permutation(norms.shape[1])
@@ -265,7 +265,7 @@ def _cheapest(costs: np.ndarray) -> float:
 
 class TestSteps:
     @given(matrices, st.sampled_from([0.25, 0.5, 1.0]))
-    @settings(deadline=None, max_examples=40)
+    @settings(deadline=None, max_examples=30)
     def test_leaf_costs_are_those_of_the_cost_matrix(self, norms, power):
         leaves = 2 ** depth(*norms.shape)
         expected = norms @ cost_matrix(*norms.shape, power=power).numpy()[:: norms.shape[0] // leaves].T

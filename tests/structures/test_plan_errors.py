@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from prune_mm.structures import ChannelSlice, Plan, ShortcutSlice, Slot, structure_from_dict
+from prune_mm.structures import ChannelOrder, ChannelSlice, GroupedConv, Plan, ShortcutSlice, Slot, structure_from_dict
 from prune_mm.structures.plan import merge_cuts
 
 
@@ -38,11 +38,21 @@ PLAN = Plan(
         ),
     ),
 )
+GROUPED = Plan(
+    "",
+    (
+        (
+            ChannelOrder("0", (2, 0, 3, 1), SLOTS),
+            GroupedConv.from_perms("3", 2, (1, 0), (2, 0, 1, 3)),
+        ),
+        (GroupedConv.from_perms("0", 1, (3, 2, 1, 0), (2, 0, 1)),),
+    ),
+)
 
 
-def damaged(**changes):
+def damaged(plan=PLAN, **changes):
     """The plan's data with some places changed, each named by its path."""
-    data = json.loads(PLAN.to_json())
+    data = json.loads(plan.to_json())
     for path, value in changes.items():
         *way, last = [int(k) if k.isdigit() else k for k in path.split("__")]
         place = data
@@ -58,6 +68,8 @@ def damaged(**changes):
 def test_the_undamaged_plan_is_read_and_works():
     assert Plan.from_json(PLAN.to_json()) == PLAN
     assert PLAN.compact(network())(torch.randn(1, 3, 8, 8)).shape == (1, 2, 4, 4)
+    assert Plan.from_json(GROUPED.to_json()) == GROUPED
+    assert GROUPED.compact(network())(torch.randn(1, 3, 8, 8)).shape == (1, 2, 4, 4)
 
 
 @pytest.mark.parametrize(
@@ -117,6 +129,50 @@ def test_damage_is_named(changes, message):
 
 
 @pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stages__0__0__name": []}, r"ChannelOrder: name must be text, got \[\]"),
+        ({"stages__0__0__order": KeyError}, "damaged ChannelOrder '0': the key 'order' is missing"),
+        ({"stages__0__0__order": "0123"}, "ChannelOrder '0': order and slots must be lists"),
+        ({"stages__0__0__order": []}, "ChannelOrder '0': length of order must be an integer in 1"),
+        ({"stages__0__0__order": [0, 1, 2, 2]}, "'0': order must hold every index below its length, 4, once"),
+        ({"stages__0__0__order": [0, 1, 2, -1]}, "'0': order must hold every index"),
+        ({"stages__0__0__order": [0, 1, 2, True]}, "'0': order must be a list of integers"),
+        ({"stages__0__0__order": [2, 0, 1]}, "has shape .* the plan expects 3 along axis"),
+        ({"stages__0__0__slots": None}, "ChannelOrder '0': order and slots must be lists"),
+        ({"stages__0__0__slots__0": 3}, "ChannelOrder '0': a slot must be a table, got int"),
+        ({"stages__0__0__slots__0__role": "king"}, "ChannelOrder '0': slot of '0.weight': unknown role 'king'"),
+        (
+            {"stages__0__0__slots__0__channels": [0, 1, 2]},
+            "'0': '0.weight' does not hold all channels of the group alike",
+        ),
+        ({"stages__0__0__slots__0__channels": [0, 0, 1, 2, 3]}, "does not hold all channels of the group alike"),
+        ({"stages__0__1__name": 3}, "GroupedConv: name must be text, got 3"),
+        ({"stages__0__1__name": KeyError}, "damaged GroupedConv 'None': the key 'name' is missing"),
+        ({"stages__0__1__groups": KeyError}, "damaged GroupedConv '3': the key 'groups' is missing"),
+        ({"stages__0__1__groups": 0}, "GroupedConv '3': groups must be an integer in 1..16777216, got 0"),
+        ({"stages__0__1__groups": "2"}, "'3': groups must be an integer"),
+        ({"stages__0__1__groups": True}, "'3': groups must be an integer"),
+        ({"stages__0__1__groups": 10**30}, "'3': groups must be an integer"),
+        ({"stages__0__1__groups": 4}, "'3': 2 channels of out_perm are not divisible by groups=4"),
+        ({"stages__0__1__base": -1}, "'3': base must be an integer in 1..16777216, got -1"),
+        ({"stages__0__1__base": None}, "'3': base must be an integer"),
+        ({"stages__0__1__base": 3}, "'3': groups=2 must be a multiple of the 3 groups it has"),
+        ({"stages__0__1__base": 2}, "'3': out_perm moves channels between the 2 groups the layer has"),
+        ({"stages__0__1__out_perm": {}}, "'3': out_perm must be a list of integers"),
+        ({"stages__0__1__out_perm": [0.0, 1.0]}, "'3': out_perm must be a list of integers"),
+        ({"stages__0__1__out_perm": [1, 1]}, "'3': out_perm must hold every index below its length, 2, once"),
+        ({"stages__0__1__in_perm": []}, "'3': in_perm must hold every index below its length, 0, once"),
+        ({"stages__0__1__in_perm": [[2], 0, 1, 3]}, "'3': in_perm must be a list of integers"),
+        ({"stages__0__1__in_perm": [10**30, 0, 1, 3]}, "'3': in_perm must hold every index"),
+    ],
+)
+def test_damage_to_groups_is_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Plan.from_json(damaged(GROUPED, **changes)).compact(network())
+
+
+@pytest.mark.parametrize(
     "text",
     ["", "{", "[]", "null", "3", '"plan"', "[" * 100_000, '{"a":' * 50_000, "NaN", "9" * 5000, "\ud800", None, b"\xff"],
 )
@@ -148,6 +204,38 @@ def test_another_network_is_left_as_it_was(changes, message):
         plan.compact(model)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert not model[3]._forward_hooks
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"stages__0__0__slots__0__tensor": "9.weight"}, "no tensor '9.weight'"),
+        ({"stages__0__0__slots__0__tensor": "0.forward"}, "'0.forward' is not a tensor"),
+        ({"stages__0__0__slots__0__axis": 1}, r"'0.weight' has shape \(4, 3, 3, 3\), the plan expects 4 along axis 1"),
+        ({"stages__0__0__slots__6__channels": [-1, 0, 1, 2, 3]}, "'3.weight' has shape .* expects 5 along axis 1"),
+        ({"stages__0__1__name": "9"}, "no module '9'"),
+        ({"stages__0__1__name": "1"}, "'1' is a BatchNorm2d, the plan expects a convolution"),
+        ({"stages__0__1__name": "0"}, r"'0' has \(outputs, inputs, groups\) \(4, 3, 1\), the plan expects \(2, 4, 1\)"),
+        ({"stages__0__1__in_perm": [0, 1]}, r"'3' has .* \(2, 4, 1\), the plan expects \(2, 2, 1\)"),
+    ],
+)
+def test_another_network_is_not_divided(changes, message):
+    plan = Plan.from_json(damaged(GROUPED, **changes))
+    model = network()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        plan.compact(model)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert not model[3]._forward_pre_hooks
+    assert model[3].groups == 1
+
+
+def test_structures_that_disagree_about_an_order():
+    longer = ChannelOrder("x", (4, 3, 2, 1, 0), (Slot("0.weight", 0, (0, 1, 2, 3, 4), "out"),))
+    with pytest.raises(ValueError, match=r"'0.weight' has 4 and 5 along axis 0"):
+        Plan("", ((*GROUPED.stages[0], longer),)).compact(network())
+    with pytest.raises(ValueError, match=r"'0.bias' is cut and re-arranged along axis 0 in one stage"):
+        Plan("", ((GROUPED.stages[0][0], PLAN.stages[0][0]),)).compact(network())
 
 
 def test_masks_on_another_network():
@@ -213,13 +301,14 @@ def places(data, path=()):
         yield from places(value, (*path, key))
 
 
-PATHS = [path for path in places(json.loads(PLAN.to_json())) if path]
+PATHS = [(plan, path) for plan in (PLAN, GROUPED) for path in places(json.loads(plan.to_json())) if path]
 
 
 @settings(max_examples=400, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(st.sampled_from(PATHS), JSON, st.booleans())
-def test_any_damage_is_a_value_error_or_a_plan_that_works(path, value, delete):
-    data = json.loads(PLAN.to_json())
+def test_any_damage_is_a_value_error_or_a_plan_that_works(plan_and_path, value, delete):
+    plan, path = plan_and_path
+    data = json.loads(plan.to_json())
     place = data
     for key in path[:-1]:
         place = place[key]
@@ -229,9 +318,9 @@ def test_any_damage_is_a_value_error_or_a_plan_that_works(path, value, delete):
         place[path[-1]] = value
     with suppress(ValueError):
         plan = Plan.from_json(json.dumps(data))
-        plan.apply_masks(network())
         plan.compact(network())
         plan.shapes({name: tuple(p.shape) for name, p in network().named_parameters()})
+        plan.apply_masks(network())
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
