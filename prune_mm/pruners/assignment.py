@@ -199,6 +199,36 @@ def solve_permutations(
     return Permutations(torch.from_numpy(best.rows), torch.from_numpy(best.columns), best.cost)
 
 
+def solve_outputs(
+    norms: Tensor | np.ndarray,
+    in_perm: Tensor | np.ndarray,
+    power: float = 0.5,
+    start: Tensor | np.ndarray | None = None,
+) -> Permutations:
+    """The best output permutation when the input permutation is given: one exact half-step.
+
+    Args:
+        norms: (O, I) kernel norms.
+        in_perm: (I,), the order of the inputs.
+        power: decay of the cost from tier to tier, in (0, 1].
+        start: (O,), outputs that need not move stay where it has them; None: as they are.
+
+    Returns:
+        The permutations, `in_perm` among them, and their objective.
+
+    Raises:
+        ValueError: as :func:`solve_permutations`.
+    """
+    order = np.arange(len(norms)) if start is None else start
+    matrix, rows, columns = _begin(norms, power, 1, (order, in_perm))
+    tiers = depth(*matrix.shape)
+    if tiers:
+        ordered = matrix[rows].take(columns, axis=1)
+        rows = rows[reassign_rows(ordered, 2**tiers, power, exact=True)]
+    cost = _cost(matrix[rows].take(columns, axis=1), power)
+    return Permutations(torch.from_numpy(rows), torch.from_numpy(columns), cost)
+
+
 def _candidates(matrix: np.ndarray, start: _Order, power: float, rounds: int) -> Iterator[_Order]:
     """Orders worth comparing. Those that do not grow from the start are the same at every call: they cannot drift."""
     exhaustive = _optimum(matrix, power)

@@ -13,7 +13,7 @@ from torch import nn
 
 from prune_mm.graph import ChannelGraph, ConvLayer
 from prune_mm.pruners.base import Decision
-from prune_mm.pruners.gconv_math import METHODS, find_groups, group_sort, kernel_norms_l2
+from prune_mm.pruners.gconv_math import METHODS, find_groups, find_outputs, group_sort, kernel_norms_l2
 from prune_mm.pruners.group_config import layer_of, match_groups_to_layers, mcpg, read_groups
 from prune_mm.pruners.group_search import search_groups
 from prune_mm.pruners.grouping import TARGETS, GroupPruner, joined, per_base
@@ -47,7 +47,7 @@ class GConvPrune(GroupPruner):
             of several sortings is used.
         indivisible: what to do with a layer whose channels one number of groups for all does not divide: ``error``
             or ``skip``.
-        ignore: see :class:`~prune_mm.pruners.grouping.GroupPruner`, as are the arguments after it.
+        share_orders: see :class:`~prune_mm.pruners.grouping.GroupPruner`, as are the arguments after it.
 
     Raises:
         ValueError: naming the argument, its value and what would be right.
@@ -64,12 +64,13 @@ class GConvPrune(GroupPruner):
         sort_iters: int = 10,
         faithful: bool = False,
         indivisible: str = "error",
+        share_orders: bool = False,
         ignore: Sequence[str] = (),
         include_frozen: bool = False,
         seed: int = 0,
     ) -> None:
         """See the class."""
-        super().__init__(ignore, include_frozen, seed)
+        super().__init__(share_orders, ignore, include_frozen, seed)
         given = {"groups": groups, "channels_per_group": channels_per_group, "target": target}
         if sum(value is not None for value in given.values()) != 1:
             raise ValueError(f"give one of groups, channels_per_group and target, got {given}")
@@ -185,13 +186,19 @@ class GConvPrune(GroupPruner):
         """Sort the channels of every layer."""
         groups = self.chosen if self.target is None else self._searched_groups(module)
         decision: Decision = {"groups": torch.tensor(groups)}
+        chosen = {layer.name: number for layer, number in zip(self.layers, groups)}
         kept = total = 0.0
         for layer, number in zip(self.layers, groups):
             scores = kernel_norms_l2(self.weight(module, layer)).cpu()
-            found = [
-                find_groups(part, number, self.method, self.sort_iters, best=not self.faithful, seed=self.seed)
-                for part in per_base(layer, scores)
-            ]
+            maker = self._makers.get(layer.name)
+            # Blocks of a multiple of as many groups lie one behind the other, too.
+            if maker is not None and chosen[maker] % number == 0:
+                found = [find_outputs(scores, number, decision[f"out:{maker}"])]
+            else:
+                found = [
+                    find_groups(part, number, self.method, self.sort_iters, best=not self.faithful, seed=self.seed)
+                    for part in per_base(layer, scores)
+                ]
             decision[f"out:{layer.name}"] = joined([part.out_perm for part in found])
             decision[f"in:{layer.name}"] = joined([part.in_perm for part in found])
             kept += sum(part.kept for part in found)

@@ -314,6 +314,35 @@ def _refine(
     return state
 
 
+def find_outputs(scores: Tensor | np.ndarray, groups: int, in_perm: Tensor | np.ndarray) -> GroupMatch:
+    """Groups of outputs that keep as much as can be found, when those of the inputs are given.
+
+    Args:
+        scores: (F, C).
+        groups: G, a divisor of F and C.
+        in_perm: (C,), inputs in the order of their groups.
+
+    Returns:
+        As :func:`find_groups`, but groups in the order of ``in_perm``, which is returned as it is.
+
+    Raises:
+        ValueError: naming what is wrong with an argument.
+    """
+    matrix = _checked(scores, groups)
+    columns = _checked_order("in_perm", in_perm, matrix.shape[1])
+    members = _reassign(matrix @ _members(columns, groups), np.arange(matrix.shape[0]).reshape(groups, -1))
+    rows = np.sort(members, axis=1).ravel()
+    kept = _diagonal(matrix, rows, columns, groups)
+    total, norm = float(matrix.sum()), float(np.linalg.norm(matrix))
+    return GroupMatch(
+        torch.from_numpy(rows),
+        torch.from_numpy(columns),
+        kept,
+        kept_ratio=kept / total if total else 1.0,
+        cost=(total - kept) / norm if norm else 0.0,
+    )
+
+
 def _reassign(values: np.ndarray, members: np.ndarray) -> np.ndarray:
     """Move channels between groups of fixed size so that the sum of their values grows.
 

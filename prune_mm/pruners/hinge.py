@@ -46,6 +46,15 @@ __all__ = ["Hinge", "init_pair", "prox_scale", "select_groups"]
 PLACEMENTS = ("auto", "rows", "both")
 
 
+def _check_annealing(options: dict) -> None:
+    if not isinstance(options, dict) or set(options) != {"factor", "high", "low"}:
+        raise ValueError(f"annealing={options!r} must be a dict(factor=, high=, low=)")
+    for name, value in options.items():
+        check_positive(f"annealing {name}", value)
+    if options["low"] >= options["high"]:
+        raise ValueError(f"annealing: low={options['low']!r} must be below high={options['high']!r}")
+
+
 @PRUNERS.register_module()
 class Hinge(ChannelPruner):
     """Shrink rows and columns of a matrix A behind each convolution by proximal gradient, then drop the small ones.
@@ -144,8 +153,8 @@ class Hinge(ChannelPruner):
         check_integer("prox_interval", prox_interval, 1)
         if epoch_iters is not None:
             check_integer("epoch_iters", epoch_iters, 1)
-        if annealing is not None and (not isinstance(annealing, dict) or set(annealing) != {"factor", "high", "low"}):
-            raise ValueError(f"annealing={annealing!r} must be a dict(factor=, high=, low=)")
+        if annealing is not None:
+            _check_annealing(annealing)
         self.placement, self.pair_pointwise = placement, pair_pointwise
         self.regularizer, self.lambda_, self.init_method = regularizer, float(strength), init_method
         self.threshold, self.min_share, self.stop_limit = float(threshold), min_share, stop_limit

@@ -83,7 +83,14 @@ def find_pairs(
         init_method: decides the number of intermediate channels.
         ignore: regular expressions of layer names.
         include_frozen: include layers whose weights do not train.
+
+    Raises:
+        ValueError: when an expression matches nothing.
     """
+    layers = [weight.removesuffix(".weight") for weight in graph.weights]
+    for pattern in ignore:
+        if not any(re.match(pattern, layer) for layer in layers):
+            raise ValueError(f"ignore pattern '{pattern}' matches no layer; there are: {', '.join(layers[:5])}, ...")
     pairs: dict[str, ConvPair] = {}
     reasons: dict[str, str] = {}
     stems = {group.name for group in graph.groups if group.stem}

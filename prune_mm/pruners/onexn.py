@@ -184,6 +184,12 @@ class OneByN(Pruner):
         return found
 
     @property
+    def target(self) -> str:
+        """What stays, for people."""
+        pieces = {"kernel": "kernels", "weight": "weights", "filter": "filters"}
+        return f"{1.0 - self.rate:.0%} of {pieces.get(self.criterion, f'{self.n} x 1 blocks')}"
+
+    @property
     def regroups(self) -> bool:
         """Re-ordering must be tried when the graph is made."""
         return self.rearrange
@@ -268,18 +274,19 @@ class OneByN(Pruner):
             if group is not None and not torch.equal(perm, torch.arange(perm.numel())):
                 found.append(ChannelOrder(group.name, tuple(perm.tolist()), group.slots))
         for layer in self.layers:
-            mask, perm = self.masks[layer.name].cpu(), self.perms[layer.name].cpu()
-            if bool(mask.all()):
-                continue
-            if self.criterion == "weight":
-                # A kernel stays when any weight of it does.
-                mask = mask.flatten(2).any(2) if mask.ndim > 2 else mask
-            found.append(BlockSparse.from_mask(layer.name, self.n, mask, perm))
+            kernels = self._kernels(layer).cpu()
+            if not bool(kernels.all()):
+                found.append(BlockSparse.from_mask(layer.name, self.n, kernels, self.perms[layer.name].cpu()))
         return found
 
+    def _kernels(self, layer: BlockLayer) -> Tensor:
+        """Boolean (O, I): kernels that stay because any weight of them does."""
+        mask = self.masks[layer.name]
+        return mask.flatten(2).any(2) if mask.ndim > 2 else mask
+
     def status(self) -> dict[str, float]:
-        """Shares of MACs and parameters that are left, and of blocks that are not empty in pruned layers."""
-        gone = {layer.name: int((~self.masks[layer.name]).sum()) for layer in self.layers}
+        """Shares of MACs and parameters of the compact form, and of blocks that are not empty in pruned layers."""
+        gone = {layer.name: int((~self._kernels(layer)).sum()) * math.prod(layer.shape[2:]) for layer in self.layers}
         macs = self._dense["macs"] - sum(count * self._places[name] for name, count in gone.items())
         blocks = [
             (block_share(self.masks[layer.name], self.n, self.perms[layer.name]), math.prod(layer.shape[:2]))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from prune_mm.graph import ChannelGraph, ConvLayer
-from prune_mm.pruners.assignment import alternate_emd, solve_permutations
+from prune_mm.pruners.assignment import alternate_emd, solve_outputs, solve_permutations
 from prune_mm.pruners.base import Decision
 from prune_mm.pruners.grouping import TARGETS, GroupPruner, joined, parts_of, per_base
 from prune_mm.pruners.options import check_flag, check_integer, check_positive, check_share
@@ -63,7 +63,7 @@ class StrucSpars(GroupPruner):
         max_groups: most groups a layer may get; None: as many as its channels allow.
         faithful: levels and assignments exactly as the published code computes them (it never uses the deepest level,
             and alternates with POT's exact transport).
-        ignore: see :class:`~prune_mm.pruners.grouping.GroupPruner`, as are the arguments after it.
+        share_orders: see :class:`~prune_mm.pruners.grouping.GroupPruner`, as are the arguments after it.
 
     Raises:
         ValueError: naming the argument, its value and what would be right.
@@ -87,12 +87,13 @@ class StrucSpars(GroupPruner):
         epoch_iters: int | None = None,
         max_groups: int | None = None,
         faithful: bool = False,
+        share_orders: bool = False,
         ignore: Sequence[str] = (),
         include_frozen: bool = False,
         seed: int = 0,
     ) -> None:
         """See the class."""
-        super().__init__(ignore, include_frozen, seed)
+        super().__init__(share_orders, ignore, include_frozen, seed)
         self.target = Target.parse(target, TARGETS)
         check_integer("warmup", warmup, 0)
         check_positive("delta", delta)
@@ -245,6 +246,13 @@ class StrucSpars(GroupPruner):
         decision: Decision = {}
         for layer in self.layers:
             norms = kernel_norms(self.weight(module, layer)).cpu()
+            maker = self._makers.get(layer.name)
+            if maker is not None:
+                # Levels halve one order again and again, so blocks of every level lie one behind the other in it.
+                order = decision[f"out:{maker}"]
+                tied = solve_outputs(norms, order, self.power, self.perms[f"out:{layer.name}"].cpu())
+                decision[f"out:{layer.name}"], decision[f"in:{layer.name}"] = tied.out_perm, order
+                continue
             starts = zip(*(parts_of(self.perms[f"{side}:{layer.name}"].cpu(), layer.base) for side in ("out", "in")))
             found = [solve(part, self.power, rounds, start=s) for part, s in zip(per_base(layer, norms), starts)]
             decision[f"out:{layer.name}"] = joined([part.out_perm for part in found])

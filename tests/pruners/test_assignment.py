@@ -13,9 +13,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from prune_mm.pruners.assignment import Permutations, alternate_emd, order_cost, solve_permutations
+from prune_mm.pruners.assignment import Permutations, alternate_emd, order_cost, solve_outputs, solve_permutations
 from prune_mm.pruners.assignment_bisect import bisect_order, split_blocks
 from prune_mm.pruners.assignment_refine import leaf_costs, reassign_rows
 from prune_mm.pruners.strucspars_math import cost_matrix, depth, group_level
@@ -315,3 +316,17 @@ class TestSteps:
         rows, columns = bisect_order(norms, 4)
         assert sorted(rows) == list(range(48))
         assert sorted(columns) == list(range(80))
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (12, 20), (32, 16), (9, 8), (64, 128)])
+def test_outputs_for_given_inputs_are_the_best(shape):
+    norms = np.random.default_rng(0).lognormal(size=shape)
+    columns = np.random.default_rng(1).permutation(shape[1])
+    found = solve_outputs(norms, columns)
+    assert sorted(found.out_perm.tolist()) == list(range(shape[0]))
+    assert found.in_perm.tolist() == columns.tolist()
+    cost = cost_matrix(*shape).numpy() @ norms[:, columns].T
+    best = cost[linear_sum_assignment(cost)].sum()
+    assert found.objective == pytest.approx(best, rel=1e-6)
+    again = solve_outputs(norms, columns, start=found.out_perm)
+    assert torch.equal(again.out_perm, found.out_perm)

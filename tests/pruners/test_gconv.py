@@ -12,9 +12,11 @@ import torchvision
 from test_strucspars import IMAGE, Small, prepared
 from torch import nn
 
+from prune_mm.graph import count_gathers
 from prune_mm.pruners import GConvPrune
 from prune_mm.pruners.gconv_math import find_groups, kernel_norms_l2
-from prune_mm.structures import Plan
+from prune_mm.structures import GroupedConv, Plan
+from prune_mm.structures.plan import resolve
 
 
 def begun(base=1, module=None, **options):
@@ -150,3 +152,20 @@ def test_layers_with_a_forward_of_their_own_stay_dense():
     _, _, pruner = begun(module=module, groups=2, ignore=["c"])
     assert groups_of(pruner) == {"a": 2}
     assert pruner.left_dense["b"]
+
+
+def test_shared_orders_leave_gathers_at_residual_adds_only():
+    torch.manual_seed(0)
+    net = torchvision.models.resnet50()
+    gathers, kept = {}, {}
+    for share in (False, True):
+        dense, masked, pruner = begun(module=copy.deepcopy(net), groups=2, share_orders=share)
+        stage = pruner.structures()
+        gathers[share], kept[share] = count_gathers(stage), float(pruner.kept)
+        small = Plan("", (tuple(stage),)).compact(dense)
+        torch.testing.assert_close(small(IMAGE), masked(IMAGE), rtol=1e-3, atol=1e-4)
+        inner = [s for s in resolve(stage) if isinstance(s, GroupedConv) and s.name.endswith("conv2") and s.gathers()]
+        # Without sharing, the second layer of a block shuffles what it reads.
+        assert bool(inner) is not share
+    assert gathers[True] < 40 < gathers[False]
+    assert kept[True] < kept[False]

@@ -10,7 +10,7 @@ import torch
 import torchvision
 from torch import nn
 
-from prune_mm.graph import trace
+from prune_mm.graph import count_gathers, trace
 from prune_mm.pruners import StrucSpars
 from prune_mm.pruners.strucspars_math import cost_matrix
 from prune_mm.structures import GroupedConv, Plan
@@ -256,3 +256,26 @@ def test_bad_options(options, message):
 def test_what_cannot_work_is_refused_before_training(options, schedule, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         begun(epochs=schedule[0], iterations=schedule[1], **options)
+
+
+def test_shared_orders_survive_every_level():
+    """Layers in a chain share one order: whatever levels they end at, no gather is left between them."""
+    torch.manual_seed(0)
+    module = nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 32, 1), nn.BatchNorm2d(32), nn.ReLU(),
+        nn.Conv2d(32, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 8, 1),
+    )  # fmt: skip
+    pruner = prepared(module, StrucSpars({"weights": 0.45}, warmup=0, interval=3, share_orders=True))
+    pruner.set_schedule(2, 8)
+    pruner.commit(module, pruner.start(module), 0)
+    run(module, pruner, 8)
+    pruner.groups.copy_(torch.tensor([2, 8, 4]))
+    pruner._forget()
+    pruner.mask(module)
+    assert torch.equal(pruner.perms["out:2"], pruner.perms["in:5"])
+    stage = pruner.structures()
+    # The stem's outputs are free; the end of the network is not.
+    assert count_gathers(stage) <= 1
+    masked = copy.deepcopy(module).eval()
+    small = Plan("", (tuple(stage),)).compact(copy.deepcopy(module)).eval()
+    torch.testing.assert_close(small(IMAGE), masked(IMAGE), rtol=1e-4, atol=1e-5)
