@@ -128,10 +128,13 @@ class _Layout:
             yield np.lexsort([*(keys[i] for i in reversed(range(len(sides))) if i != first), keys[first]])
 
     def _rank(self, side: _Side) -> np.ndarray:
-        """Where each block of a side should lie: as on the other side, or by its least channel."""
+        """Where each block of a side should lie: as on the other side, or as decided.
+
+        Layers that share an order number their blocks alike, however many they have.
+        """
         sequence = self._lying[side.slot.tensor][1 - side.slot.axis]
         if sequence is None:
-            sequence = np.argsort(np.unique(side.blocks, return_index=True)[1])
+            sequence = np.arange(self.convs[side.slot.tensor].groups)
         rank = np.empty(len(sequence), dtype=np.int64)
         rank[np.array(sequence)] = np.arange(len(sequence))
         return rank
