@@ -5,8 +5,12 @@ report.
 typed; run again with ``--resume`` to go on after an interruption.
 
 A config may hold ``finetune = dict(...)``: settings that are merged into the artifact's config to train the compact
-model further, for instance ``finetune=dict(train_cfg=dict(max_epochs=4))``. Likewise ``pretrain = dict(...)`` trains the
-dense model first, for methods that start from trained weights where there are none to load.
+model further, for instance ``finetune=dict(train_cfg=dict(max_epochs=4))``. Likewise ``pretrain = dict(...)`` trains
+the dense model first, for methods that start from trained weights where there are none to load. In ``finetune``,
+``{{pretrained}}`` stands for the dense checkpoint: that of the pretraining, or the config's ``load_from``. So the
+compact model can learn from the dense one::
+
+    finetune = dict(custom_hooks=[dict(type='prune_mm.DistillationHook', teacher=dict(checkpoint='{{pretrained}}'))])
 """
 
 from __future__ import annotations
@@ -17,6 +21,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from mmengine.config import Config
 
@@ -25,6 +30,8 @@ from prune_mm.engine.launch import add_common_arguments, check_data, load_config
 from prune_mm.export.compact_file import write_atomically
 
 TOOLS = Path(__file__).resolve().parent
+#: What stands for the dense checkpoint in ``finetune``.
+PRETRAINED = "{{pretrained}}"
 
 
 def parse_args() -> argparse.Namespace:
@@ -94,11 +101,30 @@ def train_and_export(args: argparse.Namespace, resolved: str, work: Path, start:
     return artifact, before
 
 
-def finetune(args: argparse.Namespace, config: Config, artifact: Path, work: Path) -> Path:
+def check_placeholder(config: Config) -> None:
+    """Make sure that there is something ``{{pretrained}}`` can stand for.
+
+    Raises:
+        ValueError: when there is not.
+    """
+    if PRETRAINED in str(config.get("finetune")) and not (config.get("pretrain") or config.get("load_from")):
+        raise ValueError(f"finetune mentions {PRETRAINED}, but the config has neither 'pretrain' nor 'load_from'")
+
+
+def filled(node: Any, checkpoint: str | None) -> Any:
+    """A copy of settings in which ``{{pretrained}}`` is the path of the dense checkpoint."""
+    if isinstance(node, dict):
+        return {key: filled(value, checkpoint) for key, value in node.items()}
+    if isinstance(node, (list, tuple)):
+        return [filled(value, checkpoint) for value in node]
+    return node.replace(PRETRAINED, str(checkpoint)) if isinstance(node, str) else node
+
+
+def finetune(args: argparse.Namespace, config: Config, artifact: Path, work: Path, start: str | None) -> Path:
     """Train the compact model further; its weights replace those in a second artifact folder."""
     stage = compact_config(config)
     stage.model.checkpoint = str(artifact / "compact.pth")
-    stage.merge_from_dict(config.finetune.to_dict())
+    stage.merge_from_dict(filled(config.finetune.to_dict(), start or config.get("load_from")))
     path, folder = work / "finetune.py", work / "finetune"
     write_atomically(path, lambda temporary: Path(temporary).write_text(stage.pretty_text + "\n"))
     run(*launched(args, "train.py", str(path), "--work-dir", str(folder), *options(args)))
@@ -113,6 +139,7 @@ def main() -> None:
     """Run every stage."""
     args = parse_args()
     config = load_config(args)
+    check_placeholder(config)
     check_data(config, "train_dataloader", "val_dataloader", "test_dataloader")
     work = Path(config.work_dir)
     work.mkdir(parents=True, exist_ok=True)
@@ -121,7 +148,7 @@ def main() -> None:
     start, dense = pretrain(args, config, work) if config.get("pretrain") else (None, None)
     artifact, masked = train_and_export(args, str(resolved), work, start)
     if config.get("finetune"):
-        artifact = finetune(args, config, artifact, work)
+        artifact = finetune(args, config, artifact, work, start)
     after = work / "compact_metrics.json"
     test = [str(artifact / "config.py"), "--work-dir", str(work / "compact_test"), "--metrics-out", str(after)]
     run(*launched(args, "test.py", *test))

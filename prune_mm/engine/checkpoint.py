@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prune_mm.structures.low_rank import dense_shapes
+from prune_mm.structures.pair import dense_shapes
 
 PRUNER_PREFIX = "pruner."
 #: State of later pruners in a list, whose shapes follow from the decisions of the earlier ones.

@@ -88,7 +88,7 @@ def _pruned(config: Config, path: str | os.PathLike) -> _Source:
     plan = Plan(scope, (*attached.stages, *decided.stages))
     facts = {
         "pruner": model.pruner.label,
-        "target": str(getattr(model.pruner, "target", None) or "the given groups"),
+        "target": str(getattr(model.pruner, "target", None) or "what it was given"),
         "law_relative_difference": check_law(
             pruned_module(model), get_scope(small, scope), _check_inputs(dense, scope, model.prune_input_size)
         ),

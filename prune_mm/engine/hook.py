@@ -90,10 +90,8 @@ class PruningHook(Hook):
         self._log(runner)
         for name, reason in getattr(pruner, "left_dense", {}).items():
             print_log(f"{name} stays dense: {reason}", "current")
-        print_log(
-            f"{pruner.label} prunes to {getattr(pruner, 'target', None) or 'the given groups'}: {self._summary(runner)}",
-            "current",
-        )
+        aim = getattr(pruner, "target", None) or "what it was given"
+        print_log(f"{pruner.label} prunes to {aim}: {self._summary(runner)}", "current")
 
     # -- while training ---------------------------------------------------------------------------------------
 

@@ -78,7 +78,9 @@ def find_block_layers(
             return [], reasons | {layer.name: f"no blocks can be checked: {baseline}" for layer in layers}
         failed = {layer.name: failure for layer, failure in rejected(checker, [], layers)}
     reasons |= {name: f"its code does more than a plain layer ({failure})" for name, failure in failed.items()}
-    return [layer for layer in layers if layer.name not in failed], reasons
+    passed = [layer for layer in layers if layer.name not in failed]
+    unseen = {name: reason for name, reason in graph.unprunable.items() if name not in {layer.name for layer in passed}}
+    return passed, unseen | reasons
 
 
 def _random_blocks(layer: BlockLayer, generator: torch.Generator) -> BlockSparse:

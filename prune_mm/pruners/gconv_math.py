@@ -185,8 +185,8 @@ def match_groups(
     Source: section 3.2 of the paper, maximum bipartite matching.
     """
     matrix = _checked(scores, groups)
-    rows = _checked_order("out_perm", out_perm, matrix.shape[0])
-    columns = _checked_order("in_perm", in_perm, matrix.shape[1])
+    rows = checked_order("out_perm", out_perm, matrix.shape[0])
+    columns = checked_order("in_perm", in_perm, matrix.shape[1])
     rows, columns, _ = _match(matrix, rows, columns, groups)
     return GroupSort(torch.from_numpy(rows), torch.from_numpy(columns), _diagonal(matrix, rows, columns, groups))
 
@@ -246,6 +246,11 @@ def find_groups(
         rows, columns = (np.sort(order.reshape(groups, -1), axis=1).ravel() for order in (rows, columns))
     else:
         rows, columns, _ = _match(matrix, *_start(matrix, groups, method, sort_iters, seed), groups)
+    return _worth(matrix, rows, columns, groups)
+
+
+def _worth(matrix: np.ndarray, rows: np.ndarray, columns: np.ndarray, groups: int) -> GroupMatch:
+    """Orders, and what they are worth."""
     kept = _diagonal(matrix, rows, columns, groups)
     total, norm = float(matrix.sum()), float(np.linalg.norm(matrix))
     return GroupMatch(
@@ -329,18 +334,9 @@ def find_outputs(scores: Tensor | np.ndarray, groups: int, in_perm: Tensor | np.
         ValueError: naming what is wrong with an argument.
     """
     matrix = _checked(scores, groups)
-    columns = _checked_order("in_perm", in_perm, matrix.shape[1])
+    columns = checked_order("in_perm", in_perm, matrix.shape[1])
     members = _reassign(matrix @ _members(columns, groups), np.arange(matrix.shape[0]).reshape(groups, -1))
-    rows = np.sort(members, axis=1).ravel()
-    kept = _diagonal(matrix, rows, columns, groups)
-    total, norm = float(matrix.sum()), float(np.linalg.norm(matrix))
-    return GroupMatch(
-        torch.from_numpy(rows),
-        torch.from_numpy(columns),
-        kept,
-        kept_ratio=kept / total if total else 1.0,
-        cost=(total - kept) / norm if norm else 0.0,
-    )
+    return _worth(matrix, np.sort(members, axis=1).ravel(), columns, groups)
 
 
 def _reassign(values: np.ndarray, members: np.ndarray) -> np.ndarray:
@@ -392,118 +388,6 @@ def _rounds(groups: int) -> tuple[tuple[np.ndarray, np.ndarray], ...]:
     return tuple(rounds)
 
 
-# -- masks and orders -------------------------------------------------------------------------------------------------
-
-
-def mask_of(out_perm: Tensor, in_perm: Tensor, groups: int) -> Tensor:
-    """The kernels that G groups keep.
-
-    Args:
-        out_perm: int64 (F,), a permutation; group g has positions g*F/G..(g+1)*F/G-1.
-        in_perm: int64 (C,), likewise.
-        groups: G, a divisor of F and C.
-
-    Returns:
-        bool (F, C), on the device of ``out_perm``.
-
-    Raises:
-        ValueError: naming what is wrong with an argument.
-    """
-    _check_groups(groups, out_perm.numel(), in_perm.numel())
-    ids = []
-    for name, order in (("out_perm", out_perm), ("in_perm", in_perm)):
-        count = order.numel()
-        _checked_order(name, order, count)
-        group = torch.arange(count, device=order.device) // (count // groups)
-        ids.append(torch.empty_like(group).scatter_(0, order.to(torch.int64), group))
-    return ids[0][:, None] == ids[1].to(ids[0].device)[None, :]
-
-
-def allocate_groups(mask: Tensor | np.ndarray, groups: int | None = None) -> tuple[Tensor, Tensor] | None:
-    """Read the groups off a mask.
-
-    Args:
-        mask: (F, C), non-zero where a kernel is kept.
-        groups: the number there must be; None: any.
-
-    Returns:
-        int64 (F,) and (C,), the group of every output and input channel, counted from 1 in the order of the smallest
-        input channel; or None when the mask is no group sparsity pattern (equal groups, each output in exactly one).
-
-    Raises:
-        ValueError: the mask is no matrix or is empty.
-
-    Source: the export of the published code.
-    """
-    matrix = torch.as_tensor(mask).detach() != 0
-    if matrix.ndim != 2 or matrix.numel() == 0:
-        raise ValueError(f"mask has shape {tuple(matrix.shape)}; it must be (output channels, input channels)")
-    if not matrix.any(dim=1).all() or not matrix.any(dim=0).all():
-        return None
-    # The first kept kernel of a row tells its group, and the first kept kernel of a column whose row it shares.
-    opened, rows = torch.unique(matrix.int().argmax(dim=1), return_inverse=True)
-    columns = rows[matrix.int().argmax(dim=0)]
-    count = opened.numel()
-    equal = all(bool((torch.bincount(ids, minlength=count) * count == ids.numel()).all()) for ids in (rows, columns))
-    whole = bool((matrix == (rows[:, None] == columns[None, :])).all())
-    if not (equal and whole) or groups not in (None, count):
-        return None
-    return rows + 1, columns + 1
-
-
-def orders_of_mask(mask: Tensor | np.ndarray) -> tuple[Tensor, Tensor, int]:
-    """Orders that make a mask block-diagonal, and its number of groups; the inverse of :func:`mask_of`.
-
-    Args:
-        mask: (F, C).
-
-    Returns:
-        ``out_perm`` int64 (F,), ``in_perm`` int64 (C,) and G. Groups come in the order of their smallest input
-        channel, and within a group channels ascend. (The published export stores the inverse of ``out_perm``.)
-
-    Raises:
-        ValueError: the mask is no group sparsity pattern.
-    """
-    ids = allocate_groups(mask)
-    if ids is None:
-        raise ValueError(
-            f"the {'x'.join(map(str, mask.shape))} mask is no group sparsity pattern: its rows must be equal or "
-            "disjoint, and split outputs and inputs into groups of one size"
-        )
-    return torch.argsort(ids[0], stable=True), torch.argsort(ids[1], stable=True), int(ids[0].max())
-
-
-def shuffle_order(channels: int, groups: int) -> Tensor:
-    """The published channel shuffle: every G-th channel, from each of the first G in turn.
-
-    Args:
-        channels: F.
-        groups: G, a divisor of F.
-
-    Returns:
-        int64 (F,), the channel at every position: 8 channels in 2 groups give 0 2 4 6 1 3 5 7.
-
-    Raises:
-        ValueError: naming what is wrong with an argument.
-
-    Source: index type 'shuffle' of the published code.
-    """
-    check_integer("channels", channels, 1)
-    _check_groups(groups, channels)
-    return torch.arange(channels).reshape(channels // groups, groups).T.reshape(-1)
-
-
-def random_order(channels: int, seed: int) -> Tensor:
-    """A random permutation, int64 (channels,): index type 'random' of the published code.
-
-    Raises:
-        ValueError: naming what is wrong with an argument.
-    """
-    check_integer("channels", channels, 1)
-    check_integer("seed", seed, 0)
-    return torch.from_numpy(np.random.default_rng(seed).permutation(channels))
-
-
 # -- helpers ----------------------------------------------------------------------------------------------------------
 
 
@@ -534,11 +418,11 @@ def _checked(scores: Tensor | np.ndarray, groups: int) -> np.ndarray:
     bad = int((~np.isfinite(matrix)).sum())
     if bad:
         raise ValueError(f"{bad} of {matrix.size} scores are not finite; the weights hold NaN or infinite values")
-    _check_groups(groups, *matrix.shape)
+    check_groups(groups, *matrix.shape)
     return matrix
 
 
-def _check_groups(groups: int, *counts: int) -> None:
+def check_groups(groups: int, *counts: int) -> None:
     check_integer("groups", groups, 1)
     for count in counts:
         if count % groups:
@@ -546,7 +430,7 @@ def _check_groups(groups: int, *counts: int) -> None:
             raise ValueError(f"groups={groups} does not divide {count} channels; it must be a divisor of {fitting}")
 
 
-def _checked_order(name: str, order: Tensor | np.ndarray, count: int) -> np.ndarray:
+def checked_order(name: str, order: Tensor | np.ndarray, count: int) -> np.ndarray:
     found = order.detach().cpu().numpy() if isinstance(order, Tensor) else np.asarray(order)
     if found.shape != (count,) or not np.array_equal(np.sort(found), np.arange(count)):
         raise ValueError(f"{name} of shape {found.shape} must be a permutation of 0..{count - 1}")

@@ -37,7 +37,7 @@ from prune_mm.pruners.options import check_choice, check_flag, check_integer, ch
 from prune_mm.pruners.target import Target
 from prune_mm.registry import PRUNERS
 from prune_mm.structures import ConvPair, Structure
-from prune_mm.structures.low_rank import dense_kernel, dense_shapes, reset_unloaded_pair, set_pair
+from prune_mm.structures.pair import dense_kernel, dense_shapes, reset_unloaded_pair, set_pair
 from prune_mm.structures.plan import count_macs
 from prune_mm.structures.slots import get_tensor
 
@@ -312,16 +312,16 @@ class Hinge(ChannelPruner):
         Adds the kernels that carry it to the decision: what is emitted depends on running statistics, and those of
         rank 0 are meant.
         """
-        for index, unit in enumerate(self.units):
+        for unit in self.units:
             keep = decision[unit.name]
             if bool(keep.all()):
                 continue
             for part in unit.parts(module):
                 part[~keep.to(part.device)] = 0.0
-            if self._carried[index]:
+            if self.carry and unit.prunes_outputs:
                 decision[unit.name] = carry_constants(module, self._inputs, unit, keep)
-        for index, unit in enumerate(self.units):
-            if self._carried[index] and not bool(decision[unit.name].all()):
+        for unit in self.units:
+            if self.carry and unit.prunes_outputs and not bool(decision[unit.name].all()):
                 for name in readers_of(module, unit):
                     decision[f"K:{name}"] = get_tensor(module, name).detach().clone()
 

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from prune_mm.graph.trace import in_eval_mode
 from prune_mm.pruners.hinge_units import HingeUnit
 from prune_mm.structures import Slot
-from prune_mm.structures.low_rank import carry_constant
+from prune_mm.structures.emitted import carry_constant, fold_constant, takes_constant
 
 #: A channel is constant when its values differ by less, relative to the largest.
 _CONSTANT = 1e-4
@@ -16,16 +16,18 @@ _CONSTANT = 1e-4
 
 def needs_carrier(module: nn.Module, unit: HingeUnit) -> bool:
     """Whether removed groups of a unit may emit something that convolutions behind them read."""
-    return unit.prunes_outputs and bool(_readers(module, unit))
+    readers = [module.get_submodule(slot.module) for slot in _readers(module, unit)]
+    return unit.prunes_outputs and bool(readers) and not all(map(takes_constant, readers))
 
 
 @torch.no_grad()
 def carry_constants(module: nn.Module, inputs: tuple, unit: HingeUnit, keep: Tensor) -> Tensor:
-    """Let one removed channel emit for all of them, so that the network computes what it did, in place.
+    """Let biases, or one removed channel, stand for what the others emit: the network computes what it did. In place.
 
     The convolution that makes the channels gives zero for the removed ones by now; norm and activation turn that into
     a constant. What each reader makes of all those constants is put into its kernels of one channel, which stays.
-    Exact also under zero padding, where no bias would be.
+    Exact also under zero padding, where no bias would be; where every reader has a bias and pads nothing, the biases
+    take it, and no channel stays.
 
     Args:
         module: the scope.
@@ -49,6 +51,10 @@ def carry_constants(module: nn.Module, inputs: tuple, unit: HingeUnit, keep: Ten
     loud = [(reader, constant) for reader, constant in emitted if bool(constant.any())]
     if not loud:
         return keep
+    if all(takes_constant(reader) for reader, _ in loud):
+        for reader, constant in loud:
+            fold_constant(reader, constant, removed)
+        return keep
     # One channel carries for every reader: they may stand behind different activations.
     carrier = int(torch.stack([constant.abs() / constant.abs().max() for _, constant in loud]).amin(dim=0).argmax())
     if any(float(constant[carrier]) == 0.0 for _, constant in loud):
@@ -61,8 +67,11 @@ def carry_constants(module: nn.Module, inputs: tuple, unit: HingeUnit, keep: Ten
 
 
 def readers_of(module: nn.Module, unit: HingeUnit) -> list[str]:
-    """Names of the kernels that read the channels of a unit."""
-    return [slot.tensor for slot in _readers(module, unit)]
+    """Names of the kernels that read the channels of a unit, and of their biases."""
+    kernels = [slot.tensor for slot in _readers(module, unit)]
+    present = dict(module.named_parameters())
+    owners = [name.removesuffix("weight") for name in kernels]
+    return kernels + [name for owner in owners for name in (f"{owner}bias", f"{owner}pair.bias") if name in present]
 
 
 def _readers(module: nn.Module, unit: HingeUnit) -> list[Slot]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from prune_mm.pruners.options import check_choice
-from prune_mm.structures.low_rank import merged_kernel
+from prune_mm.structures.pair import merged_kernel
 
 #: From group norms, float64 and not empty, and tau to what every group is multiplied with.
 ProximalOperator = Callable[[Tensor, float], Tensor]

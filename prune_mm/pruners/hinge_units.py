@@ -13,7 +13,7 @@ from prune_mm.graph import ChannelGraph, ChannelGroup
 from prune_mm.pruners.hinge_math import pair_rank
 from prune_mm.pruners.units import CostModel, Unit
 from prune_mm.structures import ChannelSlice, ConvPair, GroupSlice, LowRank, Slot, Structure
-from prune_mm.structures.low_rank import merging_is_cheaper, why_no_pair
+from prune_mm.structures.pair import merging_is_cheaper, why_no_pair
 from prune_mm.structures.slots import get_tensor
 
 

@@ -234,7 +234,7 @@ class StrucSpars(GroupPruner):
         """Find the final threshold now, when the search has not ended."""
         if bool(self.masked):
             return False
-        present = {name: perm for name, perm in self.perms.items()} | self._controller()
+        present = dict(self.perms.items()) | self._controller()
         self.commit(module, self._final(present, self._masses(module, present)), 0)
         return True
 

@@ -12,17 +12,13 @@ from hypothesis import strategies as st
 from numpy.random import RandomState
 
 from prune_mm.pruners.gconv_math import (
-    allocate_groups,
     find_groups,
     group_sort,
     kernel_norms_l2,
-    mask_of,
     match_groups,
-    orders_of_mask,
-    random_order,
-    shuffle_order,
     taylor_scores,
 )
+from prune_mm.pruners.group_masks import allocate_groups, mask_of, orders_of_mask, random_order, shuffle_order
 
 I8, J8 = np.meshgrid(np.arange(8), np.arange(8), indexing="ij")
 MATRICES = {

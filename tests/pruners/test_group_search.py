@@ -20,8 +20,8 @@ from prune_mm.pruners.group_search import (
     parse_budget,
     run_group_search,
     search_groups,
-    solve_knapsack,
 )
+from prune_mm.pruners.knapsack import solve_knapsack
 
 #: Parameters and operations of the toy network outside its searched layers: stem, norm, classifier.
 TOY_PARAMS = 216 + 64 + 330
@@ -283,7 +283,7 @@ def test_a_large_search_is_proven_and_quick():
 
 
 def test_capped_states_still_fit(monkeypatch):
-    monkeypatch.setattr("prune_mm.pruners.group_search._MOST_STATES", 3)
+    monkeypatch.setattr("prune_mm.pruners.knapsack._MOST_STATES", 3)
     draw = RandomState(0)
     costs = [np.sort(draw.rand(5)) for _ in range(30)]
     sizes = [np.sort(draw.randint(1, 10**6, size=(5, 2)), axis=0)[::-1] for _ in range(30)]

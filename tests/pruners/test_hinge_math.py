@@ -34,7 +34,7 @@ from prune_mm.pruners.hinge_math import (
     top_groups,
 )
 from prune_mm.pruners.hinge_search import best_threshold, published_threshold
-from prune_mm.structures.low_rank import merging_is_cheaper
+from prune_mm.structures.pair import merging_is_cheaper
 
 SETTINGS = settings(max_examples=60, deadline=None, derandomize=True)
 NAMES = ("l1", "l1-2", "l1d2", "logsum", "l0")

@@ -62,7 +62,7 @@ def run(module, pruner, until, start=0):
 
 
 def test_it_decides_about_every_convolution_but_the_stem():
-    module, pruner = begun()
+    _, pruner = begun()
     assert [layer.name for layer in pruner.layers] == ["a", "b", "c"]
     assert pruner.left_dense["stem"] == "8 outputs and 3 inputs have no common divisor"
     assert pruner.left_dense["c"] == "9 outputs and 6 inputs cannot both be halved"
