@@ -25,6 +25,9 @@ format: $(VENV)/.tests
 
 bench: $(VENV)/.tests
 	$(BIN)/python benchmarks/channel_pruning.py
+	$(BIN)/python benchmarks/grouped_conv.py
+	$(BIN)/python benchmarks/block_sparse.py
+	$(BIN)/python benchmarks/group_assignment.py
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "prune_mm needs Python 3.10 or newer; set PYTHON=python3.x")'
