@@ -13,9 +13,10 @@ from mmengine.runner import Runner
 
 from prune_mm.engine.exporter import export
 from prune_mm.engine.prunable import build_pruner
-from prune_mm.structures import ChannelSlice, GroupedConv, Plan
+from prune_mm.structures import BlockSparse, ChannelSlice, GroupedConv, Plan
 
 GCONV = {"type": "GConvPrune", "groups": 2, "indivisible": "skip"}
+ONEXN = {"type": "OneByN", "n": 4, "kernels": "all", "rearrange": True, "tail": "pad"}
 EVEN = {"round_to": 2}
 
 
@@ -33,6 +34,9 @@ LISTS = {
         {"type": "StrucSpars", "target": {"macs": 0.8}, "warmup": 1, "interval": None, "max_groups": 2},
         GCONV,
     ],
+    "uniform, onexn": [tiny.UNIFORM, ONEXN],
+    "chex, onexn": [tiny.CHEX, ONEXN],
+    "uniform, gradual onexn": [tiny.UNIFORM, {**ONEXN, "schedule": "gradual", "begin": 1, "end": 3}],
 }
 
 
@@ -48,20 +52,22 @@ def test_the_law_holds_for_the_result(name, images, tmp_path):
     plan = Plan.from_json((tmp_path / "small/plan.json").read_text())
     assert len(plan.stages) == len(LISTS[name])
     shares = report["macs"]["compact"] / report["macs"]["dense"]
-    assert shares <= {"chex, uniform, gconv": 0.45, "strucspars, gconv": 0.75}.get(name, 0.5)
+    most = {"chex, uniform, gconv": 0.45, "strucspars, gconv": 0.75} | {n: 0.3 for n in LISTS if "onexn" in n}
+    assert shares <= most.get(name, 0.5)
     further = Config.fromfile(tmp_path / "small/config.py")
     further.train_cfg.max_epochs, further.work_dir = 1, str(tmp_path / "further")
     further.experiment_name = name.replace(", ", "_")
     Runner.from_cfg(further).train()
 
 
-def test_the_second_is_masked_while_the_first_is_in_force(images, tmp_path):
-    config = config_of(images, tmp_path, LISTS["chex, gconv"])
+@pytest.mark.parametrize(("name", "kind"), [("chex, gconv", GroupedConv), ("chex, onexn", BlockSparse)])
+def test_the_second_is_masked_while_the_first_is_in_force(name, kind, images, tmp_path):
+    config = config_of(images, tmp_path, LISTS[name])
     runner = tiny.train(config)
     model, pruner = runner.model, runner.model.pruner
     first, second = pruner.stages()
     assert all(isinstance(s, ChannelSlice) for s in first)
-    assert any(isinstance(s, GroupedConv) for s in second)
+    assert any(isinstance(s, kind) for s in second)
     # The dense network computes what the compact one does, without the help of an export.
     small = Plan("", (tuple(first), tuple(second))).compact(copy.deepcopy(model.backbone))
     image = torch.randn(2, 3, 32, 32)
@@ -71,13 +77,15 @@ def test_the_second_is_masked_while_the_first_is_in_force(images, tmp_path):
         torch.testing.assert_close(small(image)[0], model.backbone(image)[0], rtol=1e-4, atol=1e-5)
 
 
-def test_resumed(images, tmp_path):
+@pytest.mark.parametrize("name", ["chex, gconv", "chex, onexn", "uniform, gradual onexn"])
+def test_resumed(name, images, tmp_path):
     ends = []
     for folder in ("whole", "rest"):
-        config = config_of(images, tmp_path / folder, LISTS["chex, gconv"])
+        config = config_of(images, tmp_path / folder, LISTS[name])
         if folder == "rest":
-            # After the second has started, at epoch 2.
-            config.load_from, config.resume = str(tmp_path / "whole/epoch_3.pth"), True
+            # After the second has started, at epoch 2 (or at once, and its last update is still to come).
+            epoch = 2 if "gradual" in name else 3
+            config.load_from, config.resume = str(tmp_path / f"whole/epoch_{epoch}.pth"), True
         tiny.train(config)
         ends.append(torch.load(tmp_path / folder / "epoch_4.pth", weights_only=False)["state_dict"])
     assert any(".saved." in key for key in ends[0])
@@ -91,10 +99,11 @@ def test_averages(images, tmp_path):
     assert export(config, tmp_path / "epoch_4.pth", tmp_path / "small")["law_relative_difference"] < 1e-5
 
 
-def test_two_processes(images, tmp_path):
+@pytest.mark.parametrize("name", ["chex, gconv", "chex, onexn"])
+def test_two_processes(name, images, tmp_path):
     from test_distributed import SABOTEURS, state, two_processes
 
-    config = config_of(images, tmp_path, LISTS["chex, gconv"])
+    config = config_of(images, tmp_path, LISTS[name])
     config.train_dataloader.batch_size = 8
     config.custom_hooks = [*config.custom_hooks, {"type": "SaveEachRank"}]
     config.custom_imports.imports = [*config.custom_imports.imports, "saboteurs"]

@@ -16,7 +16,12 @@ def compressed(images, tmp_path_factory):
     """A compressed and fine-tuned tiny classifier: work folder and the end of the process."""
     work = tmp_path_factory.mktemp("compress")
     config = tiny.classifier(images, work / "run", epochs=3)
-    config.finetune = {"train_cfg": {"max_epochs": 1}}
+    config.pretrain = {"train_cfg": {"max_epochs": 1}}
+    teacher = {"checkpoint": "{{pretrained}}"}
+    config.finetune = {
+        "train_cfg": {"max_epochs": 1},
+        "custom_hooks": [{"type": "prune_mm.DistillationHook", "teacher": teacher}],
+    }
     path = tiny.write(config, work / "tiny.py")
     return work, path, tiny.tool(work, WARM, path)
 
@@ -36,6 +41,24 @@ def test_every_stage_runs(compressed):
     assert tuned["latency"][0]["compact_ms"] > 0
     assert "The small model is in" in end.out
     assert list((run / "finetune").glob("epoch_1.pth"))
+
+
+def test_the_compact_model_learns_from_the_pretrained_one(compressed):
+    work, _, end = compressed
+    checkpoint = work / "run/pretrain/epoch_1.pth"
+    assert f"load_from={checkpoint}" in end.out
+    assert str(checkpoint) in (work / "run/finetune.py").read_text()
+    assert "{{pretrained}}" not in (work / "run/finetune.py").read_text()
+    assert "loss_kd" in "".join(path.read_text() for path in (work / "run/finetune").glob("*/*.log"))
+
+
+def test_nothing_pretrained_to_learn_from(images, tmp_path):
+    config = tiny.classifier(images, tmp_path / "run")
+    teacher = {"checkpoint": "{{pretrained}}"}
+    config.finetune = {"custom_hooks": [{"type": "prune_mm.DistillationHook", "teacher": teacher}]}
+    end = tiny.tool(tmp_path, WARM, tiny.write(config, tmp_path / "tiny.py"))
+    assert "finetune mentions {{pretrained}}, but the config has neither 'pretrain' nor" in end.one_line_error
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_report_shows_its_table(compressed):
