@@ -40,6 +40,8 @@ class GConvPrune(GroupPruner):
             are searched when the weights are loaded; see :func:`~prune_mm.pruners.group_search.search_groups`.
         min_channels: least channels of a group, of the search.
         max_groups: most groups of a layer, of the search.
+        search_cost: what the search keeps low: ``total``, the lost share of the norm of all layers together; or, as
+            published, ``mean``, the mean over layers of the lost share of each, which may sacrifice a few large ones.
         method: how channels are sorted: ``GRPS`` (the paper's group sort), ``SORT``, ``SAME`` (not at all),
             ``RANDOM``.
         sort_iters: iterations per group of ``GRPS`` (N_S).
@@ -60,6 +62,7 @@ class GConvPrune(GroupPruner):
         target: dict | Target | None = None,
         min_channels: int = 1,
         max_groups: int = 64,
+        search_cost: str = "total",
         method: str = "GRPS",
         sort_iters: int = 10,
         faithful: bool = False,
@@ -75,6 +78,7 @@ class GConvPrune(GroupPruner):
         if sum(value is not None for value in given.values()) != 1:
             raise ValueError(f"give one of groups, channels_per_group and target, got {given}")
         check_choice("method", method, METHODS)
+        check_choice("search_cost", search_cost, ("total", "mean"))
         check_choice("indivisible", indivisible, ("error", "skip"))
         check_integer("sort_iters", sort_iters, 0)
         check_integer("min_channels", min_channels, 1)
@@ -87,7 +91,7 @@ class GConvPrune(GroupPruner):
         self.source = groups
         self.channels_per_group = channels_per_group
         self.target = None if target is None else Target.parse(target, TARGETS)
-        self.min_channels, self.max_groups = min_channels, max_groups
+        self.min_channels, self.max_groups, self.search_cost = min_channels, max_groups, search_cost
         self.method, self.sort_iters, self.faithful, self.indivisible = method, sort_iters, faithful, indivisible
 
     def prepare(
@@ -177,6 +181,7 @@ class GConvPrune(GroupPruner):
             bases={layer.name: layer.base for layer in self.layers},
             max_groups=self.max_groups,
             allow_depthwise=True,
+            relative=self.search_cost == "mean",
         )
         return [found[name] for name in names]
 

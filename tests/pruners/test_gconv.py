@@ -81,7 +81,7 @@ def test_a_searched_budget_beats_one_number_at_the_same_cost():
     net = torchvision.models.resnet18()
     _, _, uniform = begun(module=copy.deepcopy(net), groups=2)
     params = uniform.cost.of("params", uniform.groups.tolist())
-    _, _, searched = begun(module=copy.deepcopy(net), target={"params": params})
+    _, _, searched = begun(module=copy.deepcopy(net), target={"params": params}, search_cost="mean")
     assert searched.cost.of("params", searched.groups.tolist()) <= params
     losses = []
     for pruner in (uniform, searched):
