@@ -152,8 +152,8 @@ def main() -> None:
     after = work / "compact_metrics.json"
     test = [str(artifact / "config.py"), "--work-dir", str(work / "compact_test"), "--metrics-out", str(after)]
     run(*launched(args, "test.py", *test))
-    metrics = ["--dense-metrics", str(dense or masked), "--compact-metrics", str(after)]
-    run(sys.executable, str(TOOLS / "report.py"), str(artifact), *metrics)
+    before = ["--dense-metrics", str(dense)] if dense else ["--masked-metrics", str(masked)]
+    run(sys.executable, str(TOOLS / "report.py"), str(artifact), *before, "--compact-metrics", str(after))
     print(f"\nThe small model is in {artifact}: python tools/test.py {artifact}/config.py")
 
 

@@ -23,9 +23,8 @@ def parse_args() -> argparse.Namespace:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("artifact", help="folder that tools/export.py wrote")
-    parser.add_argument(
-        "--dense-metrics", help="JSON that tools/test.py --metrics-out wrote, of the training checkpoint"
-    )
+    parser.add_argument("--dense-metrics", help="JSON that tools/test.py --metrics-out wrote, of the dense model")
+    parser.add_argument("--masked-metrics", help="the same of the pruned checkpoint, where no dense model was trained")
     parser.add_argument("--compact-metrics", help="the same of the artifact")
     parser.add_argument("--no-latency", action="store_true", help="do not measure latency")
     parser.add_argument("--batch", type=int, nargs="+", default=[1], help="batch sizes to measure latency at")
@@ -63,7 +62,11 @@ def main() -> None:
     """Read, measure, show, write."""
     args = parse_args()
     report = read_report(args.artifact)
-    for key, path in (("dense", args.dense_metrics), ("compact", args.compact_metrics)):
+    for key, path in (
+        ("dense", args.dense_metrics),
+        ("masked", args.masked_metrics),
+        ("compact", args.compact_metrics),
+    ):
         if path is not None:
             report.setdefault("metrics", {})[key] = json.loads(Path(path).read_text())
     if not args.no_latency:

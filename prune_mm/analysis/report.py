@@ -55,7 +55,11 @@ def report_rows(report: dict[str, Any]) -> list[Row]:
         rows.append((what, latency["dense_ms"], latency["compact_ms"], "ms"))
     metrics = report.get("metrics", {})
     for key, (name, form) in METRICS.items():
-        before, after = metrics.get("dense", {}).get(key), metrics.get("compact", {}).get(key)
+        # Without a trained dense model, the masked checkpoint stands for it: of dense size, and the same function.
+        known = metrics.get("dense", metrics.get("masked", {}))
+        before, after = known.get(key), metrics.get("compact", {}).get(key)
+        if report.get("finetuned") and "dense" not in metrics:
+            name += ", before and after fine-tuning"
         if before is not None or after is not None:
             rows.append((name, before, after, form))
     return rows
