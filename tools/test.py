@@ -8,6 +8,7 @@ from pathlib import Path
 
 from mmengine.runner import Runner
 
+from prune_mm.compat import fix_ssd_head
 from prune_mm.engine.launch import add_common_arguments, check_checkpoint_file, check_data, load_config, run_tool
 
 
@@ -39,6 +40,7 @@ def main() -> None:
     # The weights of an artifact are in its model already.
     config.load_from = args.checkpoint
     runner = QuietRunner.from_cfg(config)
+    fix_ssd_head()  # of dense models too
     metrics = runner.test()
     if args.metrics_out and runner.rank == 0:
         Path(args.metrics_out).parent.mkdir(parents=True, exist_ok=True)

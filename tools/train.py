@@ -9,6 +9,7 @@ from mmengine.device import get_device
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
+from prune_mm.compat import fix_ssd_head
 from prune_mm.engine.launch import (
     add_common_arguments,
     check_checkpoint_file,
@@ -66,6 +67,7 @@ def main() -> None:
     check_data(config, "train_dataloader", "val_dataloader")
     check_checkpoint_file(config.get("load_from"))
     runner = RUNNERS.build(config) if "runner_type" in config else Runner.from_cfg(config)
+    fix_ssd_head()  # of dense models too
     runner.train()
 
 

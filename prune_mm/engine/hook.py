@@ -159,6 +159,8 @@ class PruningHook(Hook):
         pruner.updates += 1
         pruner.last_update.fill_(step)
         self._sync_averages(runner)
+        for average in self._averages(runner):
+            pruner.settle(pruned_module(average), decision)
         print_log(f"{pruner.label} update {int(pruner.updates)} at step {step}: {self._summary(runner)}", "current")
         if self.image_interval and (int(pruner.updates) % self.image_interval == 0 or step == runner.max_iters):
             for name, image in pruner.images(module):

@@ -46,6 +46,8 @@ class Pruner(nn.Module):
     regroups: bool = False
     #: Whether the method adds parameters or gradients, so that it must be the first of several.
     needs_training: bool = False
+    #: Whether no other method can prune the layers it has pruned, so that it must be the last of several.
+    must_be_last: bool = False
 
     def __init__(self) -> None:
         """State every pruner has."""
@@ -98,6 +100,9 @@ class Pruner(nn.Module):
     @abstractmethod
     def commit(self, module: nn.Module, decision: Decision, step: int) -> None:
         """Take over a decision: state and weights."""
+
+    def settle(self, average: nn.Module, decision: Decision) -> None:
+        """Give an averaged copy of the scope what a decision changed beyond masks."""
 
     def before_step(self, module: nn.Module, optimizer: Optimizer | None = None) -> None:
         """Called before each real optimizer step, after gradients are unscaled and clipped."""

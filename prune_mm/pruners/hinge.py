@@ -326,6 +326,19 @@ class Hinge(ChannelPruner):
                     decision[f"K:{name}"] = get_tensor(module, name).detach().clone()
 
     @torch.no_grad()
+    def settle(self, average: nn.Module, decision: Decision) -> None:
+        """In an averaged copy, too, the groups that go are silent, and what they emit goes on by the same channels."""
+        if "threshold" not in decision:
+            return
+        for unit in self.units:
+            keep = decision[f"V:{unit.name}"].cpu()
+            for part in unit.parts(average):
+                part[~keep.to(part.device)] = 0.0
+            if self.carry and unit.prunes_outputs and not bool(keep.all()):
+                carriers = (decision[unit.name].cpu() & ~keep).nonzero().flatten().tolist()
+                carry_constants(average, self._inputs, unit, keep, carriers[0] if carriers else None)
+
+    @torch.no_grad()
     def before_step(self, module: nn.Module, optimizer: Optimizer | None = None) -> None:
         """Adjust learning rates to the gradients of both kinds of matrices."""
         if bool(self.concluded) or optimizer is None or not self._adjusts():

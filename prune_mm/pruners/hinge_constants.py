@@ -21,7 +21,9 @@ def needs_carrier(module: nn.Module, unit: HingeUnit) -> bool:
 
 
 @torch.no_grad()
-def carry_constants(module: nn.Module, inputs: tuple, unit: HingeUnit, keep: Tensor) -> Tensor:
+def carry_constants(
+    module: nn.Module, inputs: tuple, unit: HingeUnit, keep: Tensor, carrier: int | None = None
+) -> Tensor:
     """Let biases, or one removed channel, stand for what the others emit: the network computes what it did. In place.
 
     The convolution that makes the channels gives zero for the removed ones by now; norm and activation turn that into
@@ -34,36 +36,52 @@ def carry_constants(module: nn.Module, inputs: tuple, unit: HingeUnit, keep: Ten
         inputs: positional arguments of one call.
         unit: whose channels go.
         keep: boolean ``(channels,)``: which stay.
+        carrier: the channel that carries; None: the one that every reader gets most of.
 
     Returns:
         ``keep``, with the channel that carries; unchanged when nothing is emitted, or not a constant.
     """
-    removed = ~keep
-    emitted: list[tuple[nn.Module, Tensor]] = []
+    emitted: list[tuple[Slot, nn.Module, Tensor, Tensor]] = []
     for slot, seen in _seen_by_readers(module, inputs, unit):
-        reader = module.get_submodule(slot.module)
-        values = seen.movedim(-1 if isinstance(reader, nn.Linear) else 1, 0).flatten(1).double()
+        reader, removed = module.get_submodule(slot.module), ~slot.kept(keep)
+        values = seen.movedim(-1 if isinstance(reader, nn.Linear) else 1, 0).flatten(1).double().cpu()
         constant = values.mean(dim=1)
-        spread = (values.amax(dim=1) - values.amin(dim=1))[removed.to(values.device)]
+        spread = (values.amax(dim=1) - values.amin(dim=1))[removed]
         if bool((spread > _CONSTANT * (1.0 + constant.abs().max())).any()):
             return keep
-        emitted.append((reader, torch.where(removed.to(values.device), constant, 0.0)))
-    loud = [(reader, constant) for reader, constant in emitted if bool(constant.any())]
+        emitted.append((slot, reader, torch.where(removed, constant, 0.0), removed))
+    loud = [entry for entry in emitted if bool(entry[2].any())]
     if not loud:
         return keep
-    if all(takes_constant(reader) for reader, _ in loud):
-        for reader, constant in loud:
+    if all(takes_constant(reader) for _, reader, _, _ in loud):
+        for _, reader, constant, removed in loud:
             fold_constant(reader, constant, removed)
         return keep
-    # One channel carries for every reader: they may stand behind different activations.
-    carrier = int(torch.stack([constant.abs() / constant.abs().max() for _, constant in loud]).amin(dim=0).argmax())
-    if any(float(constant[carrier]) == 0.0 for _, constant in loud):
+    if carrier is None:
+        # One channel carries for every reader: they may stand behind different norms and activations.
+        shares = [_loudness(slot, constant, unit.channels) for slot, _, constant, _ in loud]
+        carrier = int(torch.stack(shares).amin(dim=0).argmax())
+    columns = [_loudest(slot, constant, carrier) for slot, _, constant, _ in loud]
+    if any(float(constant[column]) == 0.0 for (_, _, constant, _), column in zip(loud, columns)):
         return keep
-    for reader, constant in loud:
-        carry_constant(reader, constant, removed, carrier)
+    for (_, reader, constant, removed), column in zip(loud, columns):
+        carry_constant(reader, constant, removed, column)
     kept = keep.clone()
     kept[carrier] = True
     return kept
+
+
+def _loudness(slot: Slot, constant: Tensor, channels: int) -> Tensor:
+    """How much of each channel a reader gets, ``(channels,)``, as a share of what it gets most of."""
+    values = constant.abs() / constant.abs().max()
+    own = torch.tensor(slot.channels)
+    return values.new_zeros(channels).scatter_reduce_(0, own.clamp(min=0), torch.where(own < 0, 0.0, values), "amax")
+
+
+def _loudest(slot: Slot, constant: Tensor, channel: int) -> int:
+    """Where a reader gets most of a channel: behind a flattened map it reads each at several places."""
+    own = torch.tensor(slot.channels) == channel
+    return int(torch.where(own, constant.abs(), -1.0).argmax())
 
 
 def readers_of(module: nn.Module, unit: HingeUnit) -> list[str]:
@@ -75,15 +93,14 @@ def readers_of(module: nn.Module, unit: HingeUnit) -> list[str]:
 
 
 def _readers(module: nn.Module, unit: HingeUnit) -> list[Slot]:
-    """Slots of convolutions and linear layers that read exactly the channels of a unit, in their order."""
+    """Slots of convolutions and linear layers that read the channels of a unit, when no other layers do."""
     slots = [slot for slot in unit.slots if slot.role == "in"]
-    whole = [slot for slot in slots if slot.channels == tuple(range(unit.channels)) and slot.axis == 1]
-    modules = [module.get_submodule(slot.module) for slot in whole]
+    modules = [module.get_submodule(slot.module) for slot in slots if slot.axis == 1]
     plain = all(
         isinstance(reader, nn.Linear) or (isinstance(reader, nn.modules.conv._ConvNd) and reader.groups == 1)
         for reader in modules
     )
-    return whole if plain and len(whole) == len(slots) else []
+    return slots if plain and len(modules) == len(slots) else []
 
 
 def _seen_by_readers(module: nn.Module, inputs: tuple, unit: HingeUnit) -> list[tuple[Slot, Tensor]]:

@@ -49,6 +49,12 @@ class HingeUnit(Unit):
         return rows if rows.shape[0] == self.channels else rows.unflatten(0, (self.channels, -1))
 
     @property
+    def in_order(self) -> bool:
+        """Whether a line of each matrix is a group: a grouped convolution may tie outputs of the layer before it."""
+        own = [slot for slot in self.slots if (slot.tensor, slot.axis) in self.matrices]
+        return bool(self.convs) or all(slot.channels == tuple(range(self.channels)) for slot in own)
+
+    @property
     def prunes_outputs(self) -> bool:
         """Whether what goes are outputs of a layer, which norm and activation still work on."""
         return not self.is_rows and not self.convs and all(axis == 0 for _, axis in self.matrices)
@@ -142,6 +148,9 @@ def find_units(
         frozen = [name for name, _ in unit.matrices if not module.get_parameter(name).requires_grad]
         if any(re.match(pattern, layer) for pattern in ignore for layer in layers):
             continue
+        if not unit.in_order:
+            reasons[layers[0]] = "a grouped convolution ties its outputs"
+            continue
         if frozen and not include_frozen:
             reasons[layers[0]] = "its weight does not train (include_frozen=True would change it)"
             continue
@@ -158,6 +167,7 @@ def _of_pair(graph: ChannelGraph, rows: ChannelGroup, placement: str) -> list[Hi
     name, matrix = rows.name, f"{rows.name}.pair.weight"
     inner = _inner(graph, f"{name}.pair")
     columns = inner and HingeUnit(inner.name, inner.channels, inner.slots, matrices=((matrix, 0),), which=1)
+    columns = columns if columns and columns.in_order else None
     # Only what a residual add takes ends a block; other outputs that must stay are those of the scope.
     ends = any(f"{name}.pair" in group.producers and group.coupled for group in graph.groups)
     by_row = HingeUnit(name, rows.channels, rows.slots, matrices=((matrix, 1),), which=1 + ends, is_rows=True)

@@ -66,6 +66,8 @@ class OneByN(Pruner):
         ValueError: naming the argument, its value and what would be right.
     """
 
+    must_be_last = True
+
     def __init__(
         self,
         n: int = 16,
@@ -213,10 +215,15 @@ class OneByN(Pruner):
         return self._masks_at(module, first, fresh=True)
 
     def due(self, step: int) -> bool:
-        """In a gradual schedule every ``interval`` steps from ``begin`` on, and exactly at ``end``."""
-        if self.schedule == "one_shot" or not self.begin <= step <= self.end:
+        """In a gradual schedule every ``interval`` steps from ``begin`` on, and at ``end``; later if that was missed.
+
+        (A pruner of a list starts when the one before it has settled.)
+        """
+        if self.schedule == "one_shot" or step < self.begin:
             return False
-        return (step - self.begin) % self.interval == 0 or step == self.end
+        if step >= self.end:
+            return int(self.last_update) < self.end
+        return (step - self.begin) % self.interval == 0
 
     def decide(self, module: nn.Module, step: int, features: dict[str, Tensor] | None = None) -> Decision:
         """The masks of a gradual schedule at a step."""

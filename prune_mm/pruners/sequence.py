@@ -33,7 +33,7 @@ class PrunerSequence(Pruner):
         pruners: the methods, at least one.
 
     Raises:
-        ValueError: when a later pruner is one that must be first.
+        ValueError: when a later pruner is one that must be first, or an earlier one must be last.
     """
 
     by_epoch = False
@@ -45,6 +45,11 @@ class PrunerSequence(Pruner):
         for pruner in pruners[1:]:
             if pruner.needs_training:
                 raise ValueError(f"{type(pruner).__name__} steers the training; it can only be the first of a list")
+        for pruner in pruners[:-1]:
+            if pruner.must_be_last:
+                raise ValueError(
+                    f"{type(pruner).__name__} leaves layers no other method can prune; it must be the last of a list"
+                )
         self.first = pruners[0]
         # What the others are about exists only once the first has settled, so they are no children; their state is.
         self._later = tuple(pruners[1:])
@@ -157,6 +162,11 @@ class PrunerSequence(Pruner):
                 self.saved.put(f"{position}.{name.replace('/', _SLASH)}", tensor)
         self._forget()
         self.mask(module)
+
+    def settle(self, average: nn.Module, decision: Decision) -> None:
+        """See :class:`Pruner`; later pruners only mask."""
+        if next(iter(decision)).startswith("0/"):
+            self.first.settle(average, {name.partition("/")[2]: tensor for name, tensor in decision.items()})
 
     def before_step(self, module: nn.Module, optimizer: Optimizer | None = None) -> None:
         """See :class:`Pruner`."""
