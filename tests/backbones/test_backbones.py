@@ -53,7 +53,9 @@ WIDE_STAGES = [(64, 32), (128, 16), (256, 8)]
 def test_feature_maps(config, stages):
     shapes = [(2, channels, side, side) for channels, side in stages]
     x = torch.empty(2, 3, 32, 32, device="meta")
-    last = MODELS.build({**config, "type": f"prune_mm.{config['type']}"}).to("meta")
+    # With the scope: other tests leave a default scope behind.
+    config = {**config, "type": f"prune_mm.{config['type']}"}
+    last = MODELS.build(config).to("meta")
     every = MODELS.build({**config, "out_indices": tuple(range(len(stages)))}).to("meta")
     assert [tuple(out.shape) for out in last(x)] == shapes[-1:]
     assert [tuple(out.shape) for out in every(x)] == shapes
@@ -138,7 +140,11 @@ def test_a_pretrained_checkpoint_is_loaded(tmp_path):
     first = PreResNet(11)
     torch.save(first.state_dict(), tmp_path / "net.pth")
     second = MODELS.build(
-        {"type": "PreResNet", "depth": 11, "init_cfg": {"type": "Pretrained", "checkpoint": str(tmp_path / "net.pth")}}
+        {
+            "type": "prune_mm.PreResNet",
+            "depth": 11,
+            "init_cfg": {"type": "Pretrained", "checkpoint": str(tmp_path / "net.pth")},
+        }
     )
     assert not torch.equal(first.conv1.weight, second.conv1.weight)
     second.init_weights()
