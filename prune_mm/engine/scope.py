@@ -21,10 +21,12 @@ def get_scope(model: nn.Module, scope: str) -> nn.Module:
     Raises:
         ValueError: when it names no module, with the names there are.
     """
-    try:
-        return model.get_submodule(scope)
-    except AttributeError:
-        pass
+    # The forward of a whole detector returns what its heads compute, which must keep its shape but is no boundary.
+    if scope or not any(hasattr(model, head) for head in ("roi_head", "rpn_head", "bbox_head", "mask_head")):
+        try:
+            return model.get_submodule(scope)
+        except AttributeError:
+            pass
     names = ", ".join(name for name, _ in model.named_children() if name not in ("data_preprocessor", "pruner"))
     raise ValueError(f"scope={scope!r} names no module of {type(model).__name__}; there are: {names}")
 
