@@ -176,9 +176,9 @@ def test_accumulated_gradients_get_the_term_once_a_step(images, tmp_path):
         def before_train(self, runner):
             pruner, original = runner.model.pruner, runner.model.pruner.before_step
 
-            def before_step(module):
+            def before_step(module, optimizer):
                 strengths.append((runner.iter, pruner.strength()))
-                original(module)
+                original(module, optimizer)
 
             pruner.before_step = before_step
 

@@ -158,8 +158,8 @@ class Calls(Hook):
     def before_train(self, runner):
         pruner, optimizer = runner.model.pruner, runner.optim_wrapper.optimizer
         original = pruner.after_step
-        pruner.before_step = lambda module: self.count("before")
-        pruner.after_step = lambda module: (self.count("after"), original(module))
+        pruner.before_step = lambda module, optimizer: self.count("before")
+        pruner.after_step = lambda module, optimizer: (self.count("after"), original(module, optimizer))
         optimizer.register_step_post_hook(lambda *_: self.count("steps"))
 
     def count(self, name):
