@@ -10,6 +10,7 @@ from mmengine.registry import init_default_scope
 
 from prune_mm.engine.compact import without_pretrained
 from prune_mm.engine.exporter import compact_config, dense_config
+from prune_mm.engine.launch import check_data
 from prune_mm.registry import MODELS
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -23,6 +24,13 @@ def test_there_is_a_config_for_each_method_and_task():
         assert f"{method}_maskrcnn_r50" in names
         assert any(name.startswith(f"{method}_ssd") for name in names)
         assert {f"{method}_ssd", f"{method}_maskrcnn"} <= demos
+
+
+def test_data_that_fetches_itself_is_not_missing(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    check_data(Config.fromfile(CONFIGS / "gconv_condensenet86_cifar10.py"), "train_dataloader", "val_dataloader")
+    with pytest.raises(FileNotFoundError, match="'data/coco/annotations/instances_train2017.json' is missing"):
+        check_data(Config.fromfile(CONFIGS / "gconv_maskrcnn_r50.py"), "train_dataloader")
 
 
 @pytest.mark.parametrize("path", PATHS, ids=lambda path: f"{path.parent.name}-{path.stem}")

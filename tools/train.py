@@ -66,6 +66,8 @@ def main() -> None:
     check_pruning(config)
     check_data(config, "train_dataloader", "val_dataloader")
     check_checkpoint_file(config.get("load_from"))
+    if config.get("pretrain") and not config.get("load_from") and not config.get("resume"):
+        print(f"warning: {args.config} prunes trained weights, but load_from names none; tools/compress.py trains them")
     runner = RUNNERS.build(config) if "runner_type" in config else Runner.from_cfg(config)
     fix_ssd_head()  # of dense models too
     runner.train()

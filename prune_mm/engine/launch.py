@@ -26,6 +26,10 @@ _HINTS = {
 }
 
 
+#: Datasets of MMPretrain that fetch themselves when they are missing.
+_DOWNLOADED = {"CIFAR10", "CIFAR100", "MNIST", "FashionMNIST"}
+
+
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """The options every OpenMMLab tool has."""
     parser.add_argument("config", help="config file")
@@ -155,7 +159,8 @@ def _dataset_nodes(node: Any) -> Iterator[dict]:
 
 def _paths_of(dataset: dict) -> list[str]:
     """Files and folders a dataset config names; datasets of prune_mm make what they need."""
-    if str(dataset.get("type", "")).startswith("prune_mm."):
+    kind = str(dataset.get("type", ""))
+    if kind.startswith("prune_mm.") or (kind.rpartition(".")[2] in _DOWNLOADED and dataset.get("download", True)):
         return []
     root = dataset.get("data_root") or ""
     prefix = dataset.get("data_prefix")
