@@ -10,8 +10,8 @@ model = dict(
     pruner=dict(
         type="Hinge",
         target=dict(macs=0.5),
-        strength=0.06,
-        threshold=0.03,
+        strength=0.1,
+        threshold=0.1,
         layer_balancing=True,
         same_ratio=True,
     ),
