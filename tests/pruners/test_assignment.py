@@ -30,7 +30,7 @@ PLANTED = {
     "planted_16_32_4_0.01_3": (22.795456, 22.795456, 3, 22.749354),
     "planted_32_16_8_0.05_4": (39.2362, 39.2362, 1, 16.502034),
 }
-GOLDEN = Path(__file__).parents[3] / "shared/specs/golden/strucspars_planted.json"
+GOLDEN = Path(__file__).parents[1] / "data/strucspars_planted.json"
 
 
 def gaussian(rows: int, columns: int, random: np.random.Generator) -> np.ndarray:
@@ -92,7 +92,6 @@ class TestPublished:
         assert group_level(STUCK[found.out_perm][:, found.in_perm], 0.1) == 1
         assert order_cost(STUCK) == 27.5
 
-    @pytest.mark.skipif(not GOLDEN.exists(), reason="the planted matrices are not part of a release")
     @pytest.mark.parametrize("name", PLANTED)
     def test_planted(self, name):
         norms = np.array(json.loads(GOLDEN.read_text())[name]["W"])
