@@ -14,8 +14,8 @@ TORCH_ONLY = {"mmengine", "mmdet", "mmpretrain", "mmcv"}
 ALLOWED = {
     "structures": {"structures"},
     "graph": {"graph", "structures"},
-    "pruners": {"pruners", "graph", "structures", "criteria", "allocation", "registry"},
-    "export": {"export", "graph", "structures"},
+    "pruners": {"pruners", "graph", "structures", "criteria", "allocation", "files", "registry"},
+    "export": {"export", "files", "graph", "structures"},
     "analysis": {"analysis", "graph", "structures"},
     "backbones": {"backbones", "registry"},
 }

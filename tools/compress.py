@@ -27,7 +27,7 @@ from mmengine.config import Config
 
 from prune_mm.engine.exporter import compact_config, dense_config
 from prune_mm.engine.launch import add_common_arguments, check_data, load_config, run_tool
-from prune_mm.export.compact_file import write_atomically
+from prune_mm.files import write_text_atomically
 
 TOOLS = Path(__file__).resolve().parent
 #: What stands for the dense checkpoint in ``finetune``.
@@ -84,7 +84,7 @@ def pretrain(args: argparse.Namespace, config: Config, work: Path) -> tuple[str,
     stage = dense_config(config)
     stage.merge_from_dict(config.pretrain.to_dict())
     path, folder, metrics = work / "pretrain.py", work / "pretrain", work / "dense_metrics.json"
-    write_atomically(path, lambda temporary: Path(temporary).write_text(stage.pretty_text + "\n"))
+    write_text_atomically(path, stage.pretty_text + "\n")
     run(*launched(args, "train.py", str(path), "--work-dir", str(folder), *options(args)))
     checkpoint = last_checkpoint(folder)
     run(*launched(args, "test.py", str(path), checkpoint, "--work-dir", str(folder), "--metrics-out", str(metrics)))
@@ -126,7 +126,7 @@ def finetune(args: argparse.Namespace, config: Config, artifact: Path, work: Pat
     stage.model.checkpoint = str(artifact / "compact.pth")
     stage.merge_from_dict(filled(config.finetune.to_dict(), start or config.get("load_from")))
     path, folder = work / "finetune.py", work / "finetune"
-    write_atomically(path, lambda temporary: Path(temporary).write_text(stage.pretty_text + "\n"))
+    write_text_atomically(path, stage.pretty_text + "\n")
     run(*launched(args, "train.py", str(path), "--work-dir", str(folder), *options(args)))
     tuned = work / "artifact_finetuned"
     run(
@@ -144,7 +144,7 @@ def main() -> None:
     work = Path(config.work_dir)
     work.mkdir(parents=True, exist_ok=True)
     resolved = work / "compress.py"
-    write_atomically(resolved, lambda temporary: Path(temporary).write_text(config.pretty_text + "\n"))
+    write_text_atomically(resolved, config.pretty_text + "\n")
     start, dense = pretrain(args, config, work) if config.get("pretrain") else (None, None)
     artifact, masked = train_and_export(args, str(resolved), work, start)
     if config.get("finetune"):

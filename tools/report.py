@@ -16,7 +16,7 @@ from prune_mm.analysis import compare_latency, comparison_table, to_markdown
 from prune_mm.analysis.report import layer_lines, read_report, report_rows
 from prune_mm.engine.launch import run_tool
 from prune_mm.engine.scope import get_scope, scope_inputs
-from prune_mm.export.compact_file import write_atomically
+from prune_mm.files import write_text_atomically
 
 
 def parse_args() -> argparse.Namespace:
@@ -72,7 +72,7 @@ def main() -> None:
     if not args.no_latency:
         report["latency"] = measure_latency(args.artifact, report, args.batch, args.repeats)
     path = Path(args.artifact) / "report.json"
-    write_atomically(path, lambda temporary: Path(temporary).write_text(json.dumps(report, indent=1) + "\n"))
+    write_text_atomically(path, json.dumps(report, indent=1) + "\n")
     rows = report_rows(report)
     title = f"{report['model']}: {report['scope']} pruned by {report['pruner']} to {report['target']}"
     console = Console()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import tempfile
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prune_mm.files import write_atomically
 from prune_mm.structures import Plan
 
 FORMAT = "prune_mm.compact"
@@ -45,7 +44,7 @@ class CompactFile:
             "meta": self.meta,
             "sha256": _digest(plan, state),
         }
-        write_atomically(Path(path), lambda temporary: torch.save(data, temporary))
+        write_atomically(path, lambda temporary: torch.save(data, temporary))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> CompactFile:
@@ -114,17 +113,3 @@ def load_into(model: nn.Module, state: dict[str, Tensor], path: str | os.PathLik
             kinds = f"{state[name].dtype}, not {own[name].dtype}"
             raise ValueError(f"'{path}' does not fit its config: '{name}' is {kinds}")
     model.load_state_dict(state)
-
-
-def write_atomically(path: Path, write: Callable[[str], Any]) -> None:
-    """Let ``write`` fill a temporary file beside ``path``, then rename it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    os.close(handle)
-    try:
-        write(temporary)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

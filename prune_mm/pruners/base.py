@@ -61,6 +61,11 @@ class Pruner(nn.Module):
         """Name of the method, for people."""
         return type(self).__name__
 
+    def precede(self) -> None:
+        """Told before anything else that other methods follow in a list, so that the compact form must be made by
+        leaving out and moving weights only: their masks are mapped back to weights that train.
+        """
+
     def attach(self, module: nn.Module, graph: ChannelGraph) -> list[Structure]:
         """Structures that give ``module`` what the method trains besides its weights; called before :meth:`prepare`.
 
@@ -171,6 +176,26 @@ class Pruner(nn.Module):
         if any(key.startswith(prefix) for key in state_dict):
             super()._load_from_state_dict(state_dict, prefix, *args)
         self._forget()
+
+
+def epoch_length(epochs: int | None, iterations: int, epoch_iters: int | None) -> int:
+    """Iterations of an epoch, for methods that decide after each.
+
+    Args:
+        epochs: of the training; None when it counts iterations only.
+        iterations: of the training.
+        epoch_iters: what counts as an epoch in a training that counts none.
+
+    Raises:
+        ValueError: when ``epoch_iters`` is missing, or superfluous.
+    """
+    if epochs is None:
+        if epoch_iters is None:
+            raise ValueError("a training that counts iterations needs epoch_iters, the iterations of an epoch")
+        return epoch_iters
+    if epoch_iters is not None:
+        raise ValueError(f"epoch_iters={epoch_iters} is for a training that counts iterations; drop it")
+    return iterations // max(epochs, 1)
 
 
 class TensorBank(nn.Module):

@@ -11,13 +11,13 @@ import difflib
 import json
 import math
 import os
-import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prune_mm.files import write_text_atomically
 from prune_mm.pruners.options import check_integer
 
 #: Names that wrappers and models put before those of the layers.
@@ -165,20 +165,7 @@ def write_groups(
         out_channels, in_channels = layers[name]
         data[prefix + name] = {"G": int(count), "F": int(out_channels), "C": int(in_channels), "id": places[name]}
     lines = [f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in data.items()]
-    _write_atomically(path, "{\n" + ",\n".join(lines) + "\n}\n")
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_text_atomically(path, "{\n" + ",\n".join(lines) + "\n}\n")
 
 
 def _entries(data: Mapping[str, Any], where: str) -> dict[str, GroupEntry]:

@@ -12,8 +12,9 @@ from torch.optim import Optimizer
 
 from prune_mm.graph import ChannelGraph, ChannelGroup, ConvLayer, fold
 from prune_mm.pruners.base import Decision, Pruner, TensorBank
-from prune_mm.pruners.options import check_flag, check_integer, check_patterns
+from prune_mm.pruners.options import check_flag, check_integer, check_matches, check_patterns
 from prune_mm.structures import GroupedConv, Structure
+from prune_mm.structures.plan import count_macs
 from prune_mm.structures.slots import get_tensor
 
 #: What budgets of groups can count; ``weights`` are the weights of the convolutions that can be divided.
@@ -150,11 +151,7 @@ def select_layers(
     """
     assert graph.convs is not None, "trace with grouping=True"
     names = [*graph.not_groupable, *(conv.name for conv in graph.convs)]
-    for pattern in ignore:
-        if not any(re.match(pattern, name) for name in names):
-            raise ValueError(
-                f"ignore pattern '{pattern}' matches no convolution; there are: {', '.join(names[:5])}, ..."
-            )
+    check_matches("ignore", ignore, names, "convolution")
     layers, reasons = [], dict(graph.not_groupable)
     for conv in graph.convs:
         if conv.stem:
@@ -210,8 +207,8 @@ class GroupCost:
             "params": [numel[name] for name in own],
             "weights": [numel[name] for name in own],
         }
-        macs = sum(numel[name] * times for name, times in positions.items() if name in numel)
-        self._dense = {"macs": macs, "params": sum(numel.values()), "weights": sum(self._parts["weights"])}
+        weights = sum(self._parts["weights"])
+        self._dense = {"macs": count_macs(shapes, positions), "params": sum(numel.values()), "weights": weights}
 
     def dense(self, kind: str) -> int:
         """Cost of the dense scope: ``kind`` is ``macs``, ``params`` or ``weights``."""

@@ -14,23 +14,22 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from prune_mm.graph import ChannelGraph
-from prune_mm.pruners.base import ChannelPruner, Decision
+from prune_mm.pruners.base import ChannelPruner, Decision, epoch_length
 from prune_mm.pruners.hinge_constants import carry_constants, needs_carrier, readers_of
 from prune_mm.pruners.hinge_math import (
     INIT_METHODS,
     REGULARIZERS,
     annealed,
     balance_factor,
-    gradient_ratio,
     group_norms,
     init_pair,
-    learning_rates,
     penalty,
     prox_groups_,
     prox_scale,
     select_groups,
     top_groups,
 )
+from prune_mm.pruners.hinge_rates import MatrixRates
 from prune_mm.pruners.hinge_search import best_threshold, published_threshold
 from prune_mm.pruners.hinge_units import HingeCost, HingeUnit, find_pairs, find_units
 from prune_mm.pruners.options import check_choice, check_flag, check_integer, check_positive, check_share
@@ -89,8 +88,9 @@ class Hinge(ChannelPruner):
             matrices of both kinds there is nothing to adjust.
         annealing: ``dict(factor=2, high=10, low=5)``: divide the strength by ``factor`` once the first matrices'
             penalty, averaged over them, is at or below ``high``, twice at or below ``low``; None: not.
-        q: power of the penalty that is logged and annealed by.
+        q: power of the penalty that is annealed by.
         prox_interval: steps between proximal steps.
+        epoch_iters: iterations that count as an epoch in a training that counts none.
         carry_constants: what removed outputs still emit through norm and activation goes on to reach the next layers,
             by one channel per group that emits for all of them. False: it is dropped.
         published_search: find the final threshold with the published steps, which may miss the target.
@@ -165,7 +165,7 @@ class Hinge(ChannelPruner):
         self.pairs: dict[str, ConvPair] = {}
         self.left_dense: dict[str, str] = {}
         self._length: int | None = None
-        self._rates: list[float] = []
+        self.merges = True
         for name, value in (("concluded", torch.tensor(False)), ("steps", torch.tensor(0))):
             self.register_buffer(name, value)
         # 0: there has been no ratio yet.
@@ -198,7 +198,8 @@ class Hinge(ChannelPruner):
             module, graph, self.pairs, self.placement, self.ignore, self.include_frozen, self.left_dense
         )
         self._inputs = graph.inputs
-        self.cost = HingeCost(shapes, positions, self.units, self.pairs)
+        self.rates = MatrixRates(self.units, self.lr_adjust)
+        self.cost = HingeCost(shapes, positions, self.units, self.pairs, self.merges)
         dense = dense_shapes(shapes)
         numbers = {name: positions.get(name, 0) for name in dense}
         self.dense_cost = {
@@ -218,41 +219,17 @@ class Hinge(ChannelPruner):
                 f"{least:.1%} of its {self.target.noun}"
             )
 
+    def precede(self) -> None:
+        """Weights of a merged pair are no weights of the pair, so pairs stay pairs when other methods follow."""
+        self.merges = False
+
     def set_schedule(self, epochs: int | None, iterations: int) -> None:
         """Learn when epochs end."""
-        if epochs is None:
-            if self.epoch_iters is None:
-                raise ValueError("a training that counts iterations needs epoch_iters, the iterations of an epoch")
-            self._length = self.epoch_iters
-        elif self.epoch_iters is not None:
-            raise ValueError(f"epoch_iters={self.epoch_iters} is for a training that counts iterations; drop it")
-        else:
-            self._length = iterations // max(epochs, 1)
-        self._total = iterations
+        self._length, self._total = epoch_length(epochs, iterations, self.epoch_iters), iterations
 
     def check_optimizer(self, module: nn.Module, optimizer: Optimizer) -> None:
         """The learning rates of the matrices must be their own when they are adjusted."""
-        if not self._adjusts():
-            return
-        for group in optimizer.param_groups:
-            kinds = {self._kind(module).get(id(parameter), 0) for parameter in group["params"]}
-            if len(kinds) > 1:
-                raise ValueError(
-                    f"lr_adjust={self.lr_adjust!r} needs parameter groups of their own for the matrices: set "
-                    "optim_wrapper.paramwise_cfg=dict(custom_keys={'.pair.weight': dict(lr_mult=100)}), with the "
-                    f"names of {self._example()}; or lr_adjust=None"
-                )
-
-    def _example(self) -> str:
-        names = list(dict.fromkeys(name for unit in self.units for name, _ in unit.matrices))
-        return ", ".join(names[:2])
-
-    def _adjusts(self) -> bool:
-        return self.lr_adjust is not None and {unit.which for unit in self.units} == {1, 2}
-
-    def _kind(self, module: nn.Module) -> dict[int, int]:
-        """1 for the first matrices, 2 for the second, by identity of the parameter."""
-        return {id(module.get_parameter(name)): unit.which for unit in self.units for name, _ in unit.matrices}
+        self.rates.check(module, optimizer)
 
     # -- life -------------------------------------------------------------------------------------------------
 
@@ -341,21 +318,8 @@ class Hinge(ChannelPruner):
     @torch.no_grad()
     def before_step(self, module: nn.Module, optimizer: Optimizer | None = None) -> None:
         """Adjust learning rates to the gradients of both kinds of matrices."""
-        if bool(self.concluded) or optimizer is None or not self._adjusts():
-            return
-        sums = {1: 0.0, 2: 0.0}
-        for unit in self.units:
-            gradients = unit.gradients(module)
-            if gradients:
-                sums[unit.which] += float(group_norms(gradients).sum())
-        previous = float(self.ratio) or None
-        self.ratio.fill_(gradient_ratio(sums[1], sums[2], previous))
-        kinds = self._kind(module)
-        self._rates = [group["lr"] for group in optimizer.param_groups]
-        for group in optimizer.param_groups:
-            kind = kinds.get(id(group["params"][0]), 0) if group["params"] else 0
-            base = [group["lr"]] * 3
-            group["lr"] = learning_rates(base, float(self.ratio), self.lr_adjust)[kind]
+        if not bool(self.concluded) and optimizer is not None and self.rates.adjusts:
+            self.ratio.fill_(self.rates.scale(module, optimizer, float(self.ratio) or None))
 
     @torch.no_grad()
     def after_step(self, module: nn.Module, optimizer: Optimizer | None = None) -> None:
@@ -365,18 +329,9 @@ class Hinge(ChannelPruner):
             return
         self.steps += 1
         if optimizer is not None and int(self.steps) % self.prox_interval == 0:
-            self._proximal_step(module, self._rate(module, optimizer))
-        if optimizer is not None and self._rates:
-            # Schedulers compute the next rate from this one.
-            for group, rate in zip(optimizer.param_groups, self._rates):
-                group["lr"] = rate
-            self._rates = []
-
-    def _rate(self, module: nn.Module, optimizer: Optimizer) -> float:
-        """Learning rate of the second matrices (of the first, where there is no second)."""
-        kinds = self._kind(module)
-        rates = {kinds.get(id(p), 0): group["lr"] for group in optimizer.param_groups for p in group["params"]}
-        return rates.get(2, rates.get(1, 0.0))
+            self._proximal_step(module, self.rates.proximal(module, optimizer))
+        if optimizer is not None:
+            self.rates.restore(optimizer)
 
     def _proximal_step(self, module: nn.Module, rate: float) -> None:
         strength = self._strength(module)
@@ -481,5 +436,5 @@ class Hinge(ChannelPruner):
     def figures(self) -> dict[str, float]:
         """Share of the dense cost that the watched threshold leaves, running ratio of gradients, final threshold."""
         found = {"watched_cost": float(self.watched)}
-        found |= {"gradient_ratio": float(self.ratio)} if self._adjusts() else {}
+        found |= {"gradient_ratio": float(self.ratio)} if self.rates.adjusts else {}
         return found | ({"threshold": float(self.found_threshold)} if bool(self.concluded) else {})

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from prune_mm.graph import ChannelGraph, ChannelGroup
 from prune_mm.pruners.hinge_math import pair_rank
+from prune_mm.pruners.options import check_matches
 from prune_mm.pruners.units import CostModel, Unit
 from prune_mm.structures import ChannelSlice, ConvPair, GroupSlice, LowRank, Slot, Structure
 from prune_mm.structures.pair import merging_is_cheaper, why_no_pair
@@ -94,9 +95,7 @@ def find_pairs(
         ValueError: when an expression matches nothing.
     """
     layers = [weight.removesuffix(".weight") for weight in graph.weights]
-    for pattern in ignore:
-        if not any(re.match(pattern, layer) for layer in layers):
-            raise ValueError(f"ignore pattern '{pattern}' matches no layer; there are: {', '.join(layers[:5])}, ...")
+    check_matches("ignore", ignore, layers)
     pairs: dict[str, ConvPair] = {}
     reasons: dict[str, str] = {}
     stems = {group.name for group in graph.groups if group.stem}
@@ -254,6 +253,7 @@ class HingeCost(CostModel):
         positions: per conv and linear weight the output positions of one forward of one image.
         units: the units that counts refer to.
         pairs: the pairs by name.
+        merges: whether pairs may become one convolution again.
     """
 
     def __init__(
@@ -262,9 +262,10 @@ class HingeCost(CostModel):
         positions: dict[str, int],
         units: Sequence[HingeUnit],
         pairs: dict[str, ConvPair],
+        merges: bool = True,
     ) -> None:
         """See the class."""
-        self.pairs = pairs
+        self.pairs, self.merges = pairs, merges
         super().__init__(shapes, positions, units)
 
     @staticmethod
@@ -274,6 +275,8 @@ class HingeCost(CostModel):
 
     def _saved(self, counts: Sequence[int], name: str) -> int:
         """Weights that merging a pair saves."""
+        if not self.merges:
+            return 0
         conv, pair = (self._shape(f"{name}{part}.weight", counts) for part in ("", ".pair"))
         merged = pair[0] * math.prod(conv[1:])
         return max(math.prod(conv) + math.prod(pair) - merged, 0)
@@ -294,6 +297,6 @@ class HingeCost(CostModel):
         for name, pair in self.pairs.items():
             keep = tuple(masks[name].nonzero().flatten().tolist()) if name in rows else tuple(range(pair.rank))
             conv, mixer = (self._shape(f"{name}{part}.weight", counts) for part in ("", ".pair"))
-            merge = merging_is_cheaper(mixer[0], conv[0], conv[1], math.prod(conv[2:]))
+            merge = self.merges and merging_is_cheaper(mixer[0], conv[0], conv[1], math.prod(conv[2:]))
             found.append(LowRank(name, keep, pair.rank, merge))
         return found

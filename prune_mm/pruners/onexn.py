@@ -25,7 +25,7 @@ from prune_mm.pruners.onexn_math import (
     cubic_rate,
     filter_order,
 )
-from prune_mm.pruners.options import check_choice, check_flag, check_integer, check_patterns
+from prune_mm.pruners.options import check_choice, check_flag, check_integer, check_matches, check_patterns
 from prune_mm.registry import PRUNERS
 from prune_mm.structures import BlockSparse, ChannelOrder, Structure
 from prune_mm.structures.slots import get_tensor
@@ -131,11 +131,7 @@ class OneByN(Pruner):
         found, self.left_dense = find_block_layers(module, graph.inputs, graph)
         names = [*self.left_dense, *(layer.name for layer in found)]
         for option, patterns in (("ignore", self.ignore), ("rates", self.rates)):
-            for pattern in patterns:
-                if not any(re.match(pattern, name) for name in names):
-                    raise ValueError(
-                        f"{option} pattern '{pattern}' matches no layer; there are: {', '.join(names[:5])}, ..."
-                    )
+            check_matches(option, patterns, names)
         self.layers = [layer for layer in found if self._takes(layer)]
         if not self.layers:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in list(self.left_dense.items())[:8])

@@ -39,6 +39,14 @@ def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
         raise ValueError(f"{name}={value!r} must be one of {', '.join(choices)}")
 
 
+def check_matches(name: str, patterns: Iterable[str], known: Iterable[str], noun: str = "layer") -> None:
+    """Each regular expression matches one of the ``known`` names, from its start."""
+    known = list(known)
+    for pattern in patterns:
+        if not any(re.match(pattern, item) for item in known):
+            raise ValueError(f"{name} pattern '{pattern}' matches no {noun}; there are: {', '.join(known[:5])}, ...")
+
+
 def check_patterns(name: str, value: Any) -> None:
     """A list of regular expressions."""
     if isinstance(value, str) or not isinstance(value, Sequence) or not all(isinstance(p, str) for p in value):

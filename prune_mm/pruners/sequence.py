@@ -50,6 +50,8 @@ class PrunerSequence(Pruner):
                 raise ValueError(
                     f"{type(pruner).__name__} leaves layers no other method can prune; it must be the last of a list"
                 )
+        if len(pruners) > 1:
+            pruners[0].precede()
         self.first = pruners[0]
         # What the others are about exists only once the first has settled, so they are no children; their state is.
         self._later = tuple(pruners[1:])

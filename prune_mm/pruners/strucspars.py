@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from prune_mm.graph import ChannelGraph, ConvLayer
 from prune_mm.pruners.assignment import alternate_emd, solve_outputs, solve_permutations
-from prune_mm.pruners.base import Decision
+from prune_mm.pruners.base import Decision, epoch_length
 from prune_mm.pruners.grouping import TARGETS, GroupPruner, joined, parts_of, per_base
 from prune_mm.pruners.options import check_flag, check_integer, check_positive, check_share
 from prune_mm.pruners.strucspars_images import norm_image
@@ -153,15 +153,9 @@ class StrucSpars(GroupPruner):
 
     def set_schedule(self, epochs: int | None, iterations: int) -> None:
         """Learn the length of the training."""
-        if epochs is None:
-            length = self.epoch_iters or self.interval
-            if length is None:
-                raise ValueError("a training that counts iterations needs epoch_iters, the iterations of an epoch")
-            epochs = max(iterations // length, 1)
-        elif self.epoch_iters is not None:
-            raise ValueError(f"epoch_iters={self.epoch_iters} is for a training that counts iterations; drop it")
-        else:
-            length = iterations // max(epochs, 1)
+        given = self.epoch_iters or (self.interval if epochs is None else None)
+        length = epoch_length(epochs, iterations, given)
+        epochs = epochs or max(iterations // length, 1)
         if epochs <= self.warmup:
             raise ValueError(f"warmup={self.warmup} must end before the training, which has {epochs} epochs")
         self.epochs, self.total, self._length = epochs, iterations, length

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from prune_mm.graph import ChannelGraph
+from prune_mm.pruners.options import check_matches
 from prune_mm.structures import ChannelSlice, ShortcutSlice, Slot
 from prune_mm.structures.slots import get_tensor
 
@@ -128,10 +129,7 @@ def select_units(
     whole = {producer for group in graph.prunable if coupled and group.coupled for producer in group.producers}
     if shortcuts:
         units += [Unit(s.layer, s.channels, s.slots, s.end) for s in graph.shortcuts if s.layer not in whole]
-    for pattern in ignore:
-        if not any(re.match(pattern, unit.name) for unit in units):
-            names = ", ".join(unit.name for unit in units[:5])
-            raise ValueError(f"ignore pattern '{pattern}' matches no prunable layer; there are: {names}, ...")
+    check_matches("ignore", ignore, (unit.name for unit in units), "prunable layer")
     units = [unit for unit in units if not any(re.match(pattern, unit.name) for pattern in ignore)]
     if not units:
         raise ValueError(f"nothing is prunable: {'; '.join(_left_out(graph, stem, coupled)[:8])}")

@@ -267,9 +267,12 @@ def _owner_of_forward(layer: nn.Module) -> str:
 
 
 def _inherit(new: nn.Module, old: nn.Module) -> None:
-    """Take over what else hangs on a layer: its forward hooks, and the buffers and attributes they need."""
+    """Take over what else hangs on a layer: its forward hooks, and the children, buffers and attributes they need."""
+    for name, child in old._modules.items():
+        new.add_module(name, child)
     for name, buffer in old._buffers.items():
         new.register_buffer(name, buffer, persistent=name not in old._non_persistent_buffers_set)
     for key, value in vars(old).items():
-        if key not in vars(new) or key.startswith("_forward"):
+        # Hooks of loading are about tensors of the dense layer, which are gone.
+        if key.startswith("_forward") or not (key in vars(new) or "state_dict" in key):
             vars(new)[key] = value

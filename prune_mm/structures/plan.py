@@ -213,5 +213,8 @@ def compact_stage(module: nn.Module, stage: Sequence[Structure]) -> None:
 
 
 def count_macs(shapes: dict[str, tuple[int, ...]], positions: dict[str, int]) -> int:
-    """Multiply-adds of one forward: elements of every conv and linear weight times the positions it is applied at."""
-    return sum(math.prod(shapes[name]) * count for name, count in positions.items())
+    """Multiply-adds of one forward: elements of every conv and linear weight times the positions it is applied at.
+
+    Names that ``shapes`` lacks are left out.
+    """
+    return sum(math.prod(shapes[name]) * count for name, count in positions.items() if name in shapes)

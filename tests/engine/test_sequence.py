@@ -19,6 +19,11 @@ GCONV = {"type": "GConvPrune", "groups": 2, "indivisible": "skip"}
 ONEXN = {"type": "OneByN", "n": 4, "kernels": "all", "rearrange": True, "tail": "pad"}
 EVEN = {"round_to": 2}
 
+HINGE = {
+    "type": "Hinge", "target": {"macs": 0.7}, "strength": 0.5, "threshold": 0.05, "min_share": 0.1, "stop_limit": 0.9,
+    "lr_adjust": None,
+}  # fmt: skip
+
 
 def config_of(images, folder, pruners, epochs=4):
     config = tiny.classifier(images, folder, epochs=epochs)
@@ -34,6 +39,7 @@ LISTS = {
         {"type": "StrucSpars", "target": {"macs": 0.8}, "warmup": 1, "interval": None, "max_groups": 2},
         GCONV,
     ],
+    "hinge, onexn": [HINGE, {**ONEXN, "rearrange": False}],
     "chex, onexn": [tiny.CHEX, ONEXN],
     "uniform, gradual onexn": [tiny.UNIFORM, {**ONEXN, "schedule": "gradual", "begin": 1, "end": 3}],
 }
@@ -49,9 +55,14 @@ def test_the_law_holds_for_the_result(name, images, tmp_path):
     report = export(config, tmp_path / "epoch_4.pth", tmp_path / "small")
     assert report["law_relative_difference"] < 1e-5
     plan = Plan.from_json((tmp_path / "small/plan.json").read_text())
-    assert len(plan.stages) == len(LISTS[name])
+    # Attaching Hinge's pairs is a stage of its own.
+    assert len(plan.stages) == len(LISTS[name]) + name.startswith("hinge")
     shares = report["macs"]["compact"] / report["macs"]["dense"]
-    most = {"chex, uniform, gconv": 0.45, "strucspars, gconv": 0.75} | {n: 0.43 for n in LISTS if "onexn" in n}
+    most = (
+        {"chex, uniform, gconv": 0.45, "strucspars, gconv": 0.75}
+        | {n: 0.43 for n in LISTS if "onexn" in n}
+        | {"hinge, onexn": 0.55}
+    )
     assert shares <= most.get(name, 0.5)
     further = Config.fromfile(tmp_path / "small/config.py")
     further.train_cfg.max_epochs, further.work_dir = 1, str(tmp_path / "further")
