@@ -1,5 +1,8 @@
-# CHEX on Mask R-CNN R50-FPN, COCO 2017, as published: S = 0.5, every layer the same share, an update every 1000
-# iterations until 75 % of the training. For a budget in MACs write target=dict(macs=0.5).
+# CHEX on Mask R-CNN R50-FPN, COCO 2017. Published (the authors' config and constants): S = 0.5, every layer the same
+# share, 0.5 regrown at first, an update every 1000 iterations until 75 % of the training, and the schedule in the base;
+# box AP 37.3, mask AP 34.5 on COCO 2014 minival, the same images. Ours: SyncBN in the backbone and no norms in neck and
+# heads, where the authors have group norm, whose channels cannot be cut exactly. For a budget in MACs write
+# target=dict(macs=0.5).
 _base_ = "./_base_/maskrcnn_r50_270k.py"
 
 model = dict(

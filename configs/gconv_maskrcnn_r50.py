@@ -1,6 +1,6 @@
-# GConv Prune on Mask R-CNN R50-FPN, COCO 2017; the paper prunes classifiers only, so this schedule is ours:
-# MMDetection's trained model gets 2 groups everywhere behind the stem, and trains on for 45k iterations of 32 images,
-# with masks.
+# GConv Prune on Mask R-CNN R50-FPN, COCO 2017. The paper prunes classifiers only, so the schedule is ours:
+# MMDetection's trained model gets 2 groups everywhere behind the stem, as published for ResNet-50, and trains on for
+# 45k iterations of 32 images, with masks.
 _base_ = "./_base_/maskrcnn_r50_270k.py"
 
 model = dict(

@@ -1,6 +1,7 @@
-# GConv Prune on SSD300 with ResNet-50, COCO 2017; the paper prunes classifiers only, so this schedule is ours: the
-# dense detector trains for 130 epochs, its backbone gets 2 groups everywhere behind the stem, and it trains on for 65
-# epochs, with masks. Run it with tools/compress.py, which does both, or give the dense weights as load_from.
+# GConv Prune on SSD300 with ResNet-50, COCO 2017. The paper prunes classifiers only, so the schedule is ours: the dense
+# detector trains for 130 epochs, its backbone gets 2 groups everywhere behind the stem, as published for ResNet-50, and
+# it trains on for 65 epochs, with masks. Run it with tools/compress.py, which does both, or give the dense weights as
+# load_from.
 _base_ = "./_base_/ssd_r50_650e.py"
 
 model = dict(

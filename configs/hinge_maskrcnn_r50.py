@@ -1,8 +1,8 @@
 # Hinge on Mask R-CNN R50-FPN, COCO 2017: the 1x1 convolutions of the bottlenecks are the matrices. The paper prunes
-# classifiers only, so the schedule is ours: MMDetection's trained model is searched for at most 30k iterations of 32
-# images, its cost looked at every 500, the matrices at the usual learning rate and everything else at a tenth of it;
-# then the compact model trains for 90k. No stage is frozen and norms train (SyncBN): a frozen first stage would keep
-# its MACs, the most of all, and what is left of a network wants other statistics.
+# classifiers only, so target and schedule are ours: MMDetection's trained model is searched for at most 30k iterations
+# of 32 images, its cost looked at every 500, the matrices at the usual learning rate and everything else at a tenth of
+# it; then the compact model trains for 90k. No stage is frozen and norms train (SyncBN): a frozen first stage would
+# keep its MACs, the most of all, and what is left of a network wants other statistics.
 _base_ = "./_base_/maskrcnn_r50_270k.py"
 
 model = dict(

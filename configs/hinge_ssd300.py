@@ -1,7 +1,8 @@
 # Hinge on the stock SSD300 (VGG-16), COCO 2017: rows and columns of a matrix behind every convolution of the VGG but
-# the first. The paper prunes classifiers only, so the schedule is ours: MMDetection's trained model is searched for at
-# most 6 of its epochs, the matrices at its own learning rate and everything else at a tenth of it (a VGG without norms
-# stands no more); then the compact model trains with the stock schedule.
+# the first, as published for VGG16 on CIFAR. The paper prunes classifiers only, so target and schedule are ours:
+# MMDetection's trained model is searched for at most 6 of its epochs (of 5 passes over the data), the matrices at its
+# own learning rate and everything else at a tenth of it (a VGG without norms stands no more); then the compact model
+# trains with the stock schedule.
 _base_ = "mmdet::ssd/ssd300_coco.py"
 custom_imports = dict(imports=["prune_mm"], allow_failed_imports=False)
 

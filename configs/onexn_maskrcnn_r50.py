@@ -1,6 +1,6 @@
 # 1xN on Mask R-CNN R50-FPN, COCO 2017. The paper prunes classifiers only, so the schedule is ours: MMDetection's
-# trained model loses half of the N x 1 blocks of every convolution of its backbone behind the stem, and trains on for
-# 45k iterations of 32 images, with masks. For other blocks: --cfg-options model.pruner.n=4.
+# trained model loses half of the N x 1 blocks of every convolution of its backbone behind the stem, the published rate
+# and N, and trains on for 45k iterations of 32 images, with masks. For other blocks: --cfg-options model.pruner.n=4.
 _base_ = "./_base_/maskrcnn_r50_270k.py"
 
 model = dict(

@@ -1,6 +1,6 @@
 # 1xN on the stock SSD300 (VGG-16), COCO 2017. The paper prunes classifiers only, so the schedule is ours: MMDetection's
-# trained model loses half of the N x 1 blocks of every convolution of the VGG but the first, and trains on for half of
-# the stock schedule, with masks. For other blocks: --cfg-options model.pruner.n=4.
+# trained model loses half of the N x 1 blocks of every convolution of the VGG but the first, the published rate and N,
+# and trains on for half of the stock schedule, with masks. For other blocks: --cfg-options model.pruner.n=4.
 _base_ = "mmdet::ssd/ssd300_coco.py"
 custom_imports = dict(imports=["prune_mm"], allow_failed_imports=False)
 

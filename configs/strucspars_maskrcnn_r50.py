@@ -1,6 +1,7 @@
-# StrucSpars on Mask R-CNN R50-FPN, COCO 2017; the paper prunes classifiers only, so this schedule is ours. Search: 45k
-# iterations of 32 images at a constant learning rate, no weight decay; 750 iterations count as one of its 60 epochs,
-# and delta is larger than the published 2e-6 as they are shorter. Then the compact model trains for 90k iterations.
+# StrucSpars on Mask R-CNN R50-FPN, COCO 2017. The paper prunes classifiers only, so target and schedule are ours.
+# Search: 45k iterations of 32 images at a constant learning rate, no weight decay, as published for ImageNet; 750
+# iterations count as one of its 60 epochs, and delta is larger than the published 2e-6 as they are shorter. Then the
+# compact model trains for 90k iterations.
 _base_ = "./_base_/maskrcnn_r50_270k.py"
 
 model = dict(

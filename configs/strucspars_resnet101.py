@@ -4,7 +4,8 @@ _base_ = ["mmpretrain::_base_/models/resnet101.py", "./_base_/in1k_60e_strucspar
 model = dict(
     _delete_=True,
     type="prune_mm.PrunableModel",
-    model=_base_.model,
+    # Trained from random weights, as published with no norm at zero.
+    model=dict(_base_.model, backbone=dict(_base_.model.backbone, zero_init_residual=False)),
     pruner=dict(
         type="StrucSpars",
         target=dict(weights=0.65),

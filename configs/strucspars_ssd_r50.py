@@ -1,6 +1,6 @@
-# StrucSpars on SSD300 with ResNet-50, COCO 2017; the paper prunes classifiers only, so this schedule is ours. Search:
-# 60 epochs of 8 GPUs x 64 at a constant learning rate, no weight decay; delta is larger than the published 2e-6 as
-# these epochs are shorter. Then the compact model trains for 130 epochs.
+# StrucSpars on SSD300 with ResNet-50, COCO 2017. The paper prunes classifiers only, so target and schedule are ours.
+# Search: 60 epochs of 8 GPUs x 64 at a constant learning rate, no weight decay, as published for ImageNet; delta is
+# larger than the published 2e-6 as these epochs are shorter. Then the compact model trains for 130 epochs.
 _base_ = "./_base_/ssd_r50_650e.py"
 
 model = dict(

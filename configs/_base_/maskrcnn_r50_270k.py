@@ -1,4 +1,5 @@
-# Mask R-CNN R50-FPN with a trainable SyncBN backbone, 270k iterations of 32 images (CHEX's schedule).
+# Mask R-CNN R50-FPN with a trainable SyncBN backbone and CHEX's published schedule: 270k iterations of 32 images on 8
+# GPUs, biases at twice the learning rate and without weight decay. It was published with mixed precision: --amp.
 _base_ = "mmdet::mask_rcnn/mask-rcnn_r50_fpn_1x_coco.py"
 custom_imports = dict(imports=["prune_mm"], allow_failed_imports=False)
 
