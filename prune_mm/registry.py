@@ -10,7 +10,14 @@ _SCOPE = "prune_mm"
 
 MODELS = Registry("model", parent=MMENGINE_MODELS, scope=_SCOPE, locations=["prune_mm.engine", "prune_mm.backbones"])
 HOOKS = Registry("hook", parent=MMENGINE_HOOKS, scope=_SCOPE, locations=["prune_mm.engine"])
-DATASETS = Registry("dataset", parent=MMENGINE_DATASETS, scope=_SCOPE, locations=["prune_mm.datasets.demo"])
+DATASETS = Registry(
+    "dataset",
+    parent=MMENGINE_DATASETS,
+    scope=_SCOPE,
+    locations=["prune_mm.datasets.demo", "prune_mm.datasets.recordio"],
+)
 TRANSFORMS = Registry("transform", parent=MMENGINE_TRANSFORMS, scope=_SCOPE, locations=["prune_mm.engine"])
+#: Data loaders, which MMEngine itself does not know by type: see :mod:`prune_mm.engine.dataloaders`.
+DATALOADERS = Registry("data loader", scope=_SCOPE, locations=["prune_mm.datasets.dali"])
 #: Pruning methods. Built with ``PRUNERS.build(dict(type='CHEX', target=dict(macs=0.5)))``.
 PRUNERS = Registry("pruner", scope=_SCOPE, locations=["prune_mm.pruners"])

@@ -18,6 +18,7 @@ ALLOWED = {
     "export": {"export", "files", "graph", "structures"},
     "analysis": {"analysis", "graph", "structures"},
     "backbones": {"backbones", "registry"},
+    "datasets": {"datasets", "registry"},
 }
 
 

@@ -49,8 +49,10 @@ class DrawSampler:
         """Wrap ``sampler``."""
         self.sampler, self.start = sampler, 0
         if hasattr(sampler, "skip"):
-            # MMEngine's loops call the inner sampler to pass over what was drawn before a resumed run.
-            self._skip, sampler.skip = sampler.skip, self.skip
+            # MMEngine's loops call the inner sampler to pass over what was drawn before a resumed run. Samplers that
+            # cannot must not seem to: then batch by batch is passed over.
+            self._skip = sampler.skip
+            self.skip = sampler.skip = self._pass_over
 
     def __iter__(self) -> Iterator[Draw]:
         """Number the draws of all ranks together, so that 1 and N processes augment alike."""
@@ -59,7 +61,7 @@ class DrawSampler:
         for number, index in enumerate(self.sampler, self.start):
             yield Draw(index, (epoch, number * world + rank))
 
-    def skip(self, draws: int) -> None:
+    def _pass_over(self, draws: int) -> None:
         """Go on behind the first ``draws`` of this rank."""
         self.start = draws
         self._skip(draws)
