@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+
+import prune_mm  # noqa: F401  (supplies mmcv's operators, which mmdet looks for when it is imported)
+
+# `make stress` lets hypothesis look much further; how long a test takes says nothing on a shared machine.
+_ROUNDS = int(os.environ.get("PRUNE_MM_STRESS", "0"))
+_ANYWHERE = {"deadline": None, "suppress_health_check": list(HealthCheck)}
+settings.register_profile("quick", **_ANYWHERE)
+settings.register_profile("stress", max_examples=500 * max(1, _ROUNDS), **_ANYWHERE)
+settings.load_profile("stress" if _ROUNDS else "quick")
 
 
 @pytest.fixture(scope="session", autouse=True)

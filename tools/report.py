@@ -11,9 +11,10 @@ from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from prune_mm.analysis import compare_latency, comparison_table, to_markdown
-from prune_mm.analysis.report import layer_lines, read_report, report_rows
+from prune_mm.analysis.report import layer_lines, read_metrics, read_report, report_rows
 from prune_mm.engine.launch import run_tool
 from prune_mm.engine.scope import get_scope, scope_inputs
 from prune_mm.files import write_text_atomically
@@ -68,7 +69,7 @@ def main() -> None:
         ("compact", args.compact_metrics),
     ):
         if path is not None:
-            report.setdefault("metrics", {})[key] = json.loads(Path(path).read_text())
+            report.setdefault("metrics", {})[key] = read_metrics(path)
     if not args.no_latency:
         report["latency"] = measure_latency(args.artifact, report, args.batch, args.repeats)
     path = Path(args.artifact) / "report.json"
@@ -79,11 +80,11 @@ def main() -> None:
     summary = comparison_table(title, rows)
     # Rich would break the title at the width of the table.
     summary.title = None
-    console.print(f"\n[bold]{title}[/bold]", summary, sep="\n")
+    console.print("", Text(title, style="bold"), summary, sep="\n")
     if args.layers:
         table = Table("layer", "dense", "compact", title="layers")
         for line in layer_lines(report):
-            table.add_row(*line)
+            table.add_row(*map(Text, line))
         console.print(table)
     if args.markdown:
         Path(args.markdown).write_text(to_markdown(title, rows) + "\n")

@@ -7,7 +7,6 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS, init_default_scope
 from rich.console import Console
@@ -18,8 +17,9 @@ from prune_mm.analysis import comparison_table
 from prune_mm.analysis.group_plot import GroupBar, check_image_path, plot_groups
 from prune_mm.engine.checkpoint import state_dict_of
 from prune_mm.engine.compact import without_pretrained
-from prune_mm.engine.launch import add_common_arguments, check_checkpoint_file, load_config, run_tool
+from prune_mm.engine.launch import add_common_arguments, load_config, run_tool
 from prune_mm.engine.prunable import image_size, with_preprocessor
+from prune_mm.engine.reading import read_checkpoint
 from prune_mm.engine.scope import get_scope, scope_positions, trace_scope
 from prune_mm.graph import ChannelGraph, ConvLayer
 from prune_mm.pruners.group_config import write_groups
@@ -81,9 +81,7 @@ def load_weights(path: str, scope: str, weights: dict[str, Tensor]) -> dict[str,
         FileNotFoundError: when there is no checkpoint.
         ValueError: when it lacks a weight or has it in another shape.
     """
-    check_checkpoint_file(path)
-    # Checkpoints of MMEngine hold more than tensors.
-    state = state_dict_of(torch.load(path, map_location="cpu", weights_only=False), f"'{path}'")
+    state = state_dict_of(read_checkpoint(path), f"'{path}'")
     found = {}
     for name, weight in weights.items():
         tensor = state.get(f"{scope}.{name}.weight", state.get(f"{name}.weight"))

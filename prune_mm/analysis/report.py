@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from prune_mm.analysis.table import Row
+from prune_mm.structures.json_text import one_line, read_json_file
 
 #: Names of metrics as OpenMMLab reports them, and how to show them.
 METRICS = {
@@ -16,23 +16,111 @@ METRICS = {
     "accuracy/top5": ("top-5 (%)", "percent"),
 }
 
+#: Longest side of the images that a model is measured with, in pixels.
+MAX_SIDE = 1 << 14
+
 
 def read_report(artifact: str | Path) -> dict[str, Any]:
     """Read ``report.json`` of an artifact folder.
 
     Raises:
         FileNotFoundError: when the folder holds no artifact.
-        ValueError: when the report is damaged.
+        ValueError: one line naming the file and what is wrong with it.
     """
     path = Path(artifact) / "report.json"
     if not path.is_file():
         raise FileNotFoundError(f"'{artifact}' is not an artifact: it has no report.json; tools/export.py writes one")
     try:
-        report = json.loads(path.read_text())
-        report["macs"]["dense"], report["params"]["compact"], report["layers"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"'{path}' is damaged: {error!r}") from error
+        report = read_json_file(path)
+        check_report(report)
+    except ValueError as error:
+        raise ValueError(f"'{path}' is damaged: {one_line(error)}") from error
     return report
+
+
+def read_metrics(path: str | Path) -> dict[str, Any]:
+    """Read what ``tools/test.py --metrics-out`` wrote: numbers by name, None where a metric is not defined.
+
+    Raises:
+        FileNotFoundError: when there is no such file.
+        ValueError: one line naming the file and what is wrong with it.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no metrics at '{path}'; tools/test.py --metrics-out writes them")
+    try:
+        metrics = read_json_file(path, not_finite=True)
+        _check_metrics(metrics, "it")
+    except ValueError as error:
+        raise ValueError(f"'{path}' holds no metrics: {one_line(error)}") from error
+    return metrics
+
+
+def check_report(report: Any) -> None:
+    """Make sure that a report has the parts that are used, of the right kind; others are left alone.
+
+    Raises:
+        ValueError: naming the part.
+    """
+    _check_table(report, "the report")
+    for key in ("model", "scope", "pruner", "target"):
+        if not isinstance(report.get(key), str) or not report[key].isprintable() or len(report[key]) > 1000:
+            raise ValueError(f"'{key}' must be a short text")
+    size = report.get("input_size")
+    if not isinstance(size, list) or len(size) != 2 or any(type(n) is not int or not 0 < n <= MAX_SIDE for n in size):
+        raise ValueError(f"'input_size' must be two sides of at most {MAX_SIDE} pixels")
+    _number(report.get("law_relative_difference"), "law_relative_difference")
+    for key in ("macs", "params", "model_macs", "model_params", "bytes"):
+        if key in report or key in ("macs", "params"):
+            _check_table(report.get(key), f"'{key}'")
+            for side in ("dense", "compact"):
+                _number(report[key].get(side), f"{key}.{side}")
+    if "gathers" in report:
+        _check_table(report["gathers"], "'gathers'")
+        for key in ("unfolded", "folded"):
+            _number(report["gathers"].get(key), f"gathers.{key}")
+    _check_lists(report)
+
+
+def _check_lists(report: dict[str, Any]) -> None:
+    _check_table(report.get("layers"), "'layers'")
+    for name, layer in report["layers"].items():
+        _check_table(layer, f"layer '{name:.80}'")
+        for side in ("dense", "compact"):
+            shape = layer.get(side, 0)
+            if shape is None and side == "dense":
+                continue
+            if not name.isprintable() or not isinstance(shape, list) or any(type(n) is not int for n in shape):
+                raise ValueError(f"layer '{name:.80}' must have a list of sizes as '{side}'")
+    latency = report.get("latency", [])
+    if not isinstance(latency, list):
+        raise ValueError("'latency' must be a list")
+    for entry in latency:
+        _check_table(entry, "an entry of 'latency'")
+        if not isinstance(entry.get("what"), str) or not entry["what"].isprintable():
+            raise ValueError("latency.what must be text")
+        for key in ("batch", "dense_ms", "compact_ms"):
+            _number(entry.get(key), f"latency.{key}")
+    metrics = report.get("metrics", {})
+    _check_table(metrics, "'metrics'")
+    for key, values in metrics.items():
+        _check_metrics(values, f"metrics '{key:.80}'")
+
+
+def _check_metrics(metrics: Any, what: str) -> None:
+    _check_table(metrics, what)
+    for key in METRICS:
+        if metrics.get(key) is not None:
+            _number(metrics[key], key)
+
+
+def _check_table(value: Any, what: str) -> None:
+    if not isinstance(value, dict):
+        raise ValueError(f"{what} must be a table, got {type(value).__name__}")
+
+
+def _number(value: Any, what: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ValueError(f"{what} must be a number, got {type(value).__name__}")
 
 
 def report_rows(report: dict[str, Any]) -> list[Row]:

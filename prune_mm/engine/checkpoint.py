@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from prune_mm.structures.json_text import one_line
 from prune_mm.structures.pair import dense_shapes
+from prune_mm.structures.plan import MISFITS
 
 PRUNER_PREFIX = "pruner."
 #: State of later pruners in a list, whose shapes follow from the decisions of the earlier ones.
@@ -55,6 +59,9 @@ def check_checkpoint(model: nn.Module, checkpoint: dict, name: str, whole: bool 
                 f"{name} is not a checkpoint of this {type(model).__name__}: '{key}' has shape "
                 f"{tuple(state[key].shape)}, the model needs {tuple(tensor.shape)}"
             )
+        if key in state and state[key].is_complex() != tensor.is_complex():
+            kind = type(model).__name__
+            raise ValueError(f"{name} is not a checkpoint of this {kind}: '{key}' is {state[key].dtype}")
     if whole:
         _check_decisions(model, state, name)
 
@@ -63,7 +70,7 @@ def _check_decisions(model: nn.Module, state: dict[str, Tensor], name: str) -> N
     """The pruner's tensors fit, or there are none at all."""
     found, needed = (
         {
-            key: tensor.shape
+            key: (tensor.shape, tensor.dtype)
             for key, tensor in tensors.items()
             if key.startswith(PRUNER_PREFIX) and not key.startswith(LATER_PREFIX)
         }
@@ -75,6 +82,22 @@ def _check_decisions(model: nn.Module, state: dict[str, Tensor], name: str) -> N
             f"{name} holds the decisions of another pruner, or of other settings than this "
             f"{model.pruner.label}: '{odd[0]}' and {len(odd) - 1} more do not fit"
         )
+
+
+@contextmanager
+def fitting(name: str) -> Iterator[None]:
+    """Around what uses the tensors of a checkpoint: sizes that are right can still hold impossible decisions.
+
+    Args:
+        name: what to call the checkpoint in messages.
+
+    Raises:
+        ValueError: one line naming the checkpoint, for whatever torch or Python raises inside.
+    """
+    try:
+        yield
+    except MISFITS as error:
+        raise ValueError(f"{name} holds tensors that do not fit together: {one_line(repr(error))}") from error
 
 
 def state_dict_of(checkpoint: dict, name: str = "the file") -> dict[str, Tensor]:

@@ -10,8 +10,10 @@ from torch import nn
 
 from prune_mm.compat import fix_ssd_head
 from prune_mm.engine.prunable import with_preprocessor
+from prune_mm.engine.trial import Trial
 from prune_mm.export.compact_file import CompactFile, load_into
 from prune_mm.registry import MODELS
+from prune_mm.structures.json_text import one_line
 
 
 @MODELS.register_module(name="CompactModel")
@@ -36,10 +38,15 @@ def compact_model(
     built = MMENGINE_MODELS.build(with_preprocessor(without_pretrained(model), data_preprocessor))
     fix_ssd_head()
     try:
+        trial = Trial(built, file.plan.scope)
         file.plan.compact(built)
     except ValueError as error:
-        raise ValueError(f"'{checkpoint}' does not fit its config: {error}") from error
+        raise ValueError(f"'{checkpoint}' does not fit its config: {one_line(error)}") from error
     load_into(built, file.state_dict, checkpoint)
+    try:
+        trial.check(built, file.plan.scope)
+    except ValueError as error:
+        raise ValueError(f"'{checkpoint}' is damaged: {one_line(error)}") from error
     # The runner initialises weights before training; these are the ones to keep.
     built.init_weights = _keep_weights
     return built

@@ -19,11 +19,16 @@ from typing import Any
 
 from prune_mm.files import write_text_atomically
 from prune_mm.pruners.options import check_integer
+from prune_mm.structures.json_text import one_line, read_json, read_text
 
 #: Names that wrappers and models put before those of the layers.
 PREFIXES = ("module", "model", "_orig_mod", "backbone")
 #: The name a Python file must give its groups.
 VARIABLE = "groups"
+#: Longest file; a network of a thousand layers takes a tenth of it.
+MAX_BYTES = 1 << 20
+#: Longest name of a layer.
+MAX_NAME = 500
 
 
 @dataclass(frozen=True)
@@ -60,13 +65,17 @@ def read_groups(source: str | os.PathLike | Mapping[str, Any]) -> dict[str, Grou
     if not path.is_file():
         raise FileNotFoundError(f"no group configuration at '{path}'")
     try:
-        text = path.read_text(encoding="utf-8")
-        data = _parse_python(text) if path.suffix == ".py" else json.loads(text, object_pairs_hook=_without_twins)
-    except (SyntaxError, ValueError) as error:
-        raise ValueError(f"'{path}' is not a group configuration: {error}") from error
+        text = read_text(path, MAX_BYTES)
+        data = _parse_python(text) if path.suffix == ".py" else read_json(text)
+    except (MemoryError, RecursionError, SyntaxError, TypeError, ValueError) as error:
+        reason = one_line(error) or "it is nested too deeply"
+        raise ValueError(f"'{path}' is not a group configuration: {reason}") from error
     if not isinstance(data, dict):
         raise ValueError(f"'{path}' holds a {type(data).__name__}, not groups by layer name")
-    return _entries(data, f"'{path}'")
+    try:
+        return _entries(data, f"'{path}'")
+    except ValueError as error:
+        raise ValueError(one_line(error)) from error
 
 
 def match_groups_to_layers(
@@ -172,8 +181,8 @@ def _entries(data: Mapping[str, Any], where: str) -> dict[str, GroupEntry]:
     """Check every value of a configuration."""
     entries = {}
     for name, value in data.items():
-        if not isinstance(name, str):
-            raise ValueError(f"{where}: {name!r} is no layer name")
+        if not isinstance(name, str) or not name.isprintable() or len(name) > MAX_NAME:
+            raise ValueError(f"{where}: {name!r:.80} is no layer name")
         fields = value if isinstance(value, Mapping) else {"G": value}
         if "G" not in fields:
             raise ValueError(f"{where}: the entry of '{name}' has no group count 'G'")
@@ -220,14 +229,6 @@ def _check_fit(name: str, entry: GroupEntry, channels: tuple[int, int]) -> None:
         )
 
 
-def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the name '{next(n for n in names if names.count(n) > 1)}' is there twice")
-    return found
-
-
 class _DictCalls(ast.NodeTransformer):
     """``dict(a=1, **{'b': 2})`` as the literal ``{'a': 1, 'b': 2}``, which can be evaluated without running code."""
 
@@ -254,7 +255,8 @@ def _parse_python(text: str) -> Any:
     """The literal that a Python file assigns to ``groups``."""
     found = None
     for statement in ast.parse(text).body:
-        targets = statement.targets if isinstance(statement, ast.Assign) else [getattr(statement, "target", None)]
+        targets = statement.targets if isinstance(statement, ast.Assign) else []
+        targets = [statement.target] if isinstance(statement, ast.AnnAssign) else targets
         if any(isinstance(target, ast.Name) and target.id == VARIABLE for target in targets):
             found = statement
     if found is None or getattr(found, "value", None) is None:

@@ -38,7 +38,7 @@ class Structure(ABC):
         return []
 
     def claims(self) -> list[str]:
-        """Tensors that :meth:`rewrite` lays out anew, and that nothing else of the stage may cut or lay out."""
+        """Tensors and modules that :meth:`rewrite` lays out anew, and that nothing else of the stage may touch."""
         return []
 
     def within(

@@ -148,8 +148,14 @@ class ShortcutSlice(ChannelSlice):
         keep = both if bool(both.any()) else torch.arange(self.channels) == int(torch.nonzero(alive)[0])
         return replace(self, keep=_indices(keep), sum_keep=_indices(alive), blank=not bool(both.any()))
 
+    def claims(self) -> list[str]:
+        """One shortcut is scattered behind a module."""
+        return [f"{self.end} (output)"]
+
     def check(self, module: nn.Module) -> None:
         """See :meth:`Structure.check`."""
+        if not self.keep:
+            raise ValueError(f"no row of shortcut '{self.name}' would stay")
         try:
             end = module.get_submodule(self.end)
         except AttributeError as error:

@@ -34,6 +34,10 @@ class GroupSlice(ChannelSlice):
         """From a boolean vector over the groups."""
         return cls(name, tuple(torch.nonzero(mask.cpu()).flatten().tolist()), mask.numel(), tuple(slots), tuple(convs))
 
+    def claims(self) -> list[str]:
+        """One structure of a stage changes how many groups a convolution has."""
+        return [f"{name} (groups)" for name in self.convs]
+
     def check(self, module: nn.Module) -> None:
         """See :meth:`Structure.check`."""
         for name in self.convs:

@@ -80,6 +80,10 @@ class ConvPair(_OfPair):
                 f"the plan expects {self.outputs} and {self.rank}"
             )
 
+    def claims(self) -> list[str]:
+        """See :meth:`Structure.claims`."""
+        return [f"{self.name}.pair"]
+
     def rewrite(self, module: nn.Module) -> None:
         """Attach the pair."""
         conv = self._conv(module)
@@ -176,6 +180,10 @@ class LowRank(_OfPair):
             raise ValueError(f"the pair '{self.name}' was divided into groups")
         if conv.weight.shape[0] != self.rank:
             raise ValueError(f"the pair '{self.name}' has rank {conv.weight.shape[0]}, the plan expects {self.rank}")
+
+    def claims(self) -> list[str]:
+        """A pair is merged once."""
+        return [f"{self.name}.pair"] if self.merge else []
 
     def rewrite(self, module: nn.Module) -> None:
         """Merge what is left of the pair, where that was decided."""

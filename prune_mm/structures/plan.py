@@ -11,11 +11,17 @@ from typing import Any
 from torch import Tensor, nn
 
 from prune_mm.structures.base import Structure, structure_from_dict
+from prune_mm.structures.channel_slice import MAX_CHANNELS
+from prune_mm.structures.json_text import one_line, read_json
 from prune_mm.structures.rewrite import check_cut, cut_tensor
 from prune_mm.structures.slots import get_tensor, set_tensor
 
 FORMAT = "prune_mm.plan"
 VERSION = 1
+#: Most channels that a plan may name without writing them out, all its structures together.
+MAX_IMPLIED = 1 << 22
+#: What torch and Python raise where parts of a plan contradict each other in a way that no structure looks for.
+MISFITS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError)
 
 
 @dataclass(frozen=True)
@@ -48,6 +54,12 @@ class Plan:
                 have), and naming the tensor when the model is not the one the plan was made for.
         """
         module = self.module(model)
+        try:
+            self._mask(module)
+        except MISFITS as error:
+            raise ValueError(f"the plan does not fit the network: {one_line(repr(error))}") from error
+
+    def _mask(self, module: nn.Module) -> None:
         first = next((i for i, s in enumerate(self.stages) if not all(x.attaches for x in s)), len(self.stages))
         if len(self.stages) > first + 1:
             raise ValueError(f"only a plan of one stage has a masked form, this one has {len(self.stages) - first}")
@@ -63,8 +75,11 @@ class Plan:
             ValueError: naming the tensor, when the model is not the one the plan was made for.
         """
         module = self.module(model)
-        for stage in self.stages:
-            compact_stage(module, stage)
+        try:
+            for stage in self.stages:
+                compact_stage(module, stage)
+        except MISFITS as error:
+            raise ValueError(f"the plan does not fit the network: {one_line(repr(error))}") from error
         return model
 
     def shapes(self, dense: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
@@ -115,9 +130,16 @@ class Plan:
             ValueError: saying what is wrong, for anything that is not a plan this version can read.
         """
         try:
-            data: Any = json.loads(text)
-        except (ValueError, TypeError, RecursionError) as error:
+            data = read_json(text)
+        except ValueError as error:
             raise ValueError(f"the plan is not valid JSON: {error}") from error
+        try:
+            return cls._from_data(data)
+        except ValueError as error:
+            raise ValueError(one_line(error)) from error
+
+    @classmethod
+    def _from_data(cls, data: Any) -> Plan:
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ValueError(f"not a plan: the key 'format' must be '{FORMAT}'")
         if type(data.get("version")) is not int or data["version"] != VERSION:
@@ -127,7 +149,20 @@ class Plan:
             raise ValueError("damaged plan: 'stages' must be a list of lists")
         if not isinstance(data.get("scope"), str):
             raise ValueError("damaged plan: 'scope' must be text")
+        implied = sum(_implied(entry) for stage in stages for entry in stage)
+        if implied > MAX_IMPLIED:
+            raise ValueError(f"damaged plan: its layers would have {implied} channels, more than {MAX_IMPLIED}")
         return cls(data["scope"], tuple(tuple(structure_from_dict(entry) for entry in stage) for stage in stages))
+
+
+def _implied(entry: Any) -> int:
+    """How many channels a structure names by their number only: what it takes in memory beyond its text."""
+    if not isinstance(entry, dict):
+        return 0
+    numbers = [entry.get(key) for key in ("channels", "outputs", "rank")]
+    slots = entry["slots"] if isinstance(entry.get("slots"), list) else []
+    whole = [slot for slot in slots if isinstance(slot, dict) and slot.get("channels") is None]
+    return (1 + len(whole)) * sum(n for n in numbers if type(n) is int and 0 < n <= MAX_CHANNELS)
 
 
 def merge_cuts(stage: Sequence[Structure]) -> dict[tuple[str, int], Tensor]:

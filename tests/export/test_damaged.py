@@ -127,7 +127,7 @@ def test_a_pickle_is_not_run(artifact, tmp_path, monkeypatch):
         (lambda d: d.pop("meta"), "'meta' a table"),
         (lambda d: d.pop("state_dict"), "'state_dict' must hold dense tensors"),
         (lambda d: d.update(state_dict={"a": 1}), "'state_dict' must hold dense tensors"),
-        (lambda d: d["state_dict"].update(a=torch.zeros(2, device="meta")), "'state_dict' must hold dense tensors"),
+        (lambda d: d["state_dict"].update(a=torch.zeros(2, device="meta")), "must hold dense tensors"),
         (lambda d: d["state_dict"].pop("head.fc.weight"), "the file has no tensor 'head.fc.weight'"),
         (lambda d: d["state_dict"].update(extra=torch.zeros(1)), "has no tensor 'extra'"),
         (lambda d: d["state_dict"].update({1: torch.zeros(1)}), "has no tensor '1'"),

@@ -96,7 +96,7 @@ def test_the_undamaged_plan_is_read_and_works():
         ({"stages__0__0__channels": True}, "channels must be an integer"),
         ({"stages__0__0__channels": 0}, "channels must be an integer"),
         ({"stages__0__0__channels": 10**12}, "channels must be an integer"),
-        ({"stages__0__0__channels": float("inf")}, "channels must be an integer"),
+        ({"stages__0__0__channels": float("inf")}, "Infinity is not a number"),
         ({"stages__0__0__keep": []}, "'0': keep is empty, at least one channel must stay"),
         ({"stages__0__0__keep": [-1, 2]}, "'0': keep must be ascending indices below 4"),
         ({"stages__0__0__keep": [2, 1]}, "keep must be ascending"),
