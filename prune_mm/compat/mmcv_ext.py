@@ -105,12 +105,17 @@ def _missing_operator(name: str) -> Callable[..., NoReturn]:
     """Return a function that says that operator ``name`` is missing, and what to do about it."""
 
     def missing(*args: object, **kwargs: object) -> NoReturn:
+        from .packages import installed_distributions
+
+        here = " ".join(installed_distributions("mmcv")) or "mmcv"
+        package = "onedl-mmcv" if here.startswith("onedl") else "mmcv"
+        version = "" if here.startswith("onedl") else "==2.1.0"
         raise NotImplementedError(
             f"mmcv operator '{name}' is not available: this mmcv has no compiled operators, and prune_mm's "
             "torchvision-backed replacement does not cover it. To get it, build mmcv with its operators "
             "in an environment that has torch, a C++ compiler and, for the GPU, the CUDA toolkit: "
-            "`MMCV_WITH_OPS=1 pip install --force-reinstall --no-deps --no-build-isolation --no-binary "
-            "onedl-mmcv onedl-mmcv` (or the same with `mmcv`)."
+            f"`pip uninstall -y {here} && MMCV_WITH_OPS=1 pip install --no-deps --no-build-isolation "
+            f"--no-binary {package} {package}{version}`."
         )
 
     missing.__name__ = missing.__qualname__ = name
