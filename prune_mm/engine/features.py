@@ -41,7 +41,7 @@ def collect_spatial_information(model: nn.Module, dataloader: Any, batches: int)
     handles = [
         scope.get_submodule(unit.name).register_forward_hook(_adder(scores, unit.name)) for unit in model.pruner.units
     ]
-    with _same_random_state_after():
+    with same_random_state_after():
         for batch in islice(dataloader, batches):
             inputs = model.data_preprocessor(batch, True)["inputs"]
             scope(inputs.to(device))
@@ -59,11 +59,15 @@ def _adder(scores: dict[str, Tensor], name: str) -> Any:
 
 
 @contextmanager
-def _same_random_state_after() -> Iterator[None]:
+def same_random_state_after() -> Iterator[None]:
+    """Put the generators of Python, NumPy and torch (CPU and present GPU) back when the block ends."""
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    gpu = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
     try:
         yield
     finally:
         random.setstate(python)
         np.random.set_state(numpy)
         torch.set_rng_state(cpu)
+        if gpu is not None:
+            torch.cuda.set_rng_state(gpu)

@@ -90,6 +90,19 @@ class Pruner(nn.Module):
             ValueError: when the schedule does not fit into it.
         """
 
+    def parts(self, step: int | None) -> dict[str, float]:
+        """Parts of the decision before ``step`` (None: of the first) that ranks may compute side by side: name to
+        relative duration. Empty when a decision is one piece.
+        """
+        return {}
+
+    def part(self, module: nn.Module, step: int | None, name: str) -> Decision:
+        """What :meth:`decide` (or :meth:`start`) would compute for one part."""
+        raise NotImplementedError
+
+    def give_parts(self, computed: dict[str, Decision]) -> None:
+        """Hand over parts that the next decision need not compute; an empty table takes them back."""
+
     @abstractmethod
     def start(self, module: nn.Module) -> Decision:
         """The first decision, from the weights as loaded."""

@@ -115,6 +115,19 @@ class PrunerSequence(Pruner):
 
     # -- life -------------------------------------------------------------------------------------------------
 
+    def parts(self, step: int | None) -> dict[str, float]:
+        """Those of the first; the others decide once."""
+        own = None if step is None else self._own_step(0, step)
+        return self.first.parts(own) if int(self.active) == 0 and (step is None or own is not None) else {}
+
+    def part(self, module: nn.Module, step: int | None, name: str) -> Decision:
+        """See :class:`Pruner`."""
+        return self.first.part(module, None if step is None else self._own_step(0, step), name)
+
+    def give_parts(self, computed: dict[str, Decision]) -> None:
+        """See :class:`Pruner`."""
+        self.first.give_parts(computed)
+
     def start(self, module: nn.Module) -> Decision:
         """The first decision of the first."""
         return _named(0, self.first.start(module))

@@ -117,6 +117,7 @@ class StrucSpars(GroupPruner):
         self.epoch_iters, self.max_groups, self.faithful = epoch_iters, max_groups, faithful
         self.epochs = self.total = 0
         self._strengths: dict[str, Tensor] = {}
+        self._given: dict[str, Decision] = {}
 
     def prepare(
         self, module: nn.Module, graph: ChannelGraph, shapes: dict[str, tuple[int, ...]], positions: dict[str, int]
@@ -162,9 +163,28 @@ class StrucSpars(GroupPruner):
 
     # -- life -------------------------------------------------------------------------------------------------
 
+    def parts(self, step: int | None) -> dict[str, float]:
+        """Layers are sorted one by one, but for those that take the order of another."""
+        free = [layer for layer in self.layers if layer.name not in self._makers]
+        return {layer.name: float(layer.base * layer.rows * layer.columns) for layer in free}
+
+    def part(self, module: nn.Module, step: int | None, name: str) -> Decision:
+        """Permutations of one layer."""
+        layer = next(layer for layer in self.layers if layer.name == name)
+        return self._sorted_layer(module, layer, self._rounds_at(step))
+
+    def give_parts(self, computed: dict[str, Decision]) -> None:
+        """Permutations that other ranks have found."""
+        self._given = dict(computed)
+
+    def _rounds_at(self, step: int | None) -> int:
+        if step is None:
+            return self.initial_rounds
+        return self.rounds if self._ends_epoch(step) else self.interval_rounds
+
     def start(self, module: nn.Module) -> Decision:
         """Sort the channels for the first time."""
-        return self._sorted(module, self.initial_rounds) | self._controller()
+        return self._sorted(module, self._rounds_at(None)) | self._controller()
 
     def due(self, step: int) -> bool:
         """Every ``interval`` iterations, and after each epoch."""
@@ -176,9 +196,9 @@ class StrucSpars(GroupPruner):
 
     def decide(self, module: nn.Module, step: int, features: dict[str, Tensor] | None = None) -> Decision:
         """Sort again; after an epoch also read off the levels, and adjust the coefficient; at the end conclude."""
+        decision = self._sorted(module, self._rounds_at(step))
         if not self._ends_epoch(step):
-            return self._sorted(module, self.interval_rounds) | self._controller()
-        decision = self._sorted(module, self.rounds)
+            return decision | self._controller()
         masses = self._masses(module, decision)
         levels = self._levels(masses, self.threshold)
         sparsity = self._sparsity(levels)
@@ -236,22 +256,26 @@ class StrucSpars(GroupPruner):
 
     def _sorted(self, module: nn.Module, rounds: int) -> Decision:
         """Permutations of every layer, from the present ones on."""
-        solve = alternate_emd if self.faithful else solve_permutations
         decision: Decision = {}
         for layer in self.layers:
-            norms = kernel_norms(self.weight(module, layer)).cpu()
             maker = self._makers.get(layer.name)
-            if maker is not None:
-                # Levels halve one order again and again, so blocks of every level lie one behind the other in it.
-                order = decision[f"out:{maker}"]
-                tied = solve_outputs(norms, order, self.power, self.perms[f"out:{layer.name}"].cpu())
-                decision[f"out:{layer.name}"], decision[f"in:{layer.name}"] = tied.out_perm, order
+            if maker is None:
+                decision |= self._given.get(layer.name) or self._sorted_layer(module, layer, rounds)
                 continue
-            starts = zip(*(parts_of(self.perms[f"{side}:{layer.name}"].cpu(), layer.base) for side in ("out", "in")))
-            found = [solve(part, self.power, rounds, start=s) for part, s in zip(per_base(layer, norms), starts)]
-            decision[f"out:{layer.name}"] = joined([part.out_perm for part in found])
-            decision[f"in:{layer.name}"] = joined([part.in_perm for part in found])
+            # Levels halve one order again and again, so blocks of every level lie one behind the other in it.
+            norms, order = kernel_norms(self.weight(module, layer)).cpu(), decision[f"out:{maker}"]
+            tied = solve_outputs(norms, order, self.power, self.perms[f"out:{layer.name}"].cpu())
+            decision[f"out:{layer.name}"], decision[f"in:{layer.name}"] = tied.out_perm, order
         return decision
+
+    def _sorted_layer(self, module: nn.Module, layer: ConvLayer, rounds: int) -> Decision:
+        """Permutations of one layer."""
+        solve = alternate_emd if self.faithful else solve_permutations
+        norms = kernel_norms(self.weight(module, layer)).cpu()
+        starts = zip(*(parts_of(self.perms[f"{side}:{layer.name}"].cpu(), layer.base) for side in ("out", "in")))
+        found = [solve(part, self.power, rounds, start=s) for part, s in zip(per_base(layer, norms), starts)]
+        sides = {"out": [part.out_perm for part in found], "in": [part.in_perm for part in found]}
+        return {f"{side}:{layer.name}": joined(perms) for side, perms in sides.items()}
 
     def _ordered(self, module: nn.Module, layer: ConvLayer, perms: Decision) -> list[Tensor]:
         """Ordered kernel norms, one matrix per group the layer has."""
