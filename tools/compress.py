@@ -6,11 +6,15 @@ typed; run again with ``--resume`` to go on after an interruption.
 
 A config may hold ``finetune = dict(...)``: settings that are merged into the artifact's config to train the compact
 model further, for instance ``finetune=dict(train_cfg=dict(max_epochs=4))``. Likewise ``pretrain = dict(...)`` trains
-the dense model first, for methods that start from trained weights where there are none to load. In ``finetune``,
-``{{pretrained}}`` stands for the dense checkpoint: that of the pretraining, or the config's ``load_from``. So the
-compact model can learn from the dense one::
+the dense model first, for methods that start from trained weights where there are none to load. In ``finetune`` and
+``teacher``, ``{{pretrained}}`` stands for the dense checkpoint: that of the pretraining, or the config's ``load_from``.
+So the pruned model can learn from the dense one, while it is pruned and while it is fine-tuned::
 
-    finetune = dict(custom_hooks=[dict(type='prune_mm.DistillationHook', teacher=dict(checkpoint='{{pretrained}}'))])
+    teacher = dict(checkpoint='{{pretrained}}')
+
+or while it is fine-tuned only::
+
+    finetune = dict(teacher=dict(checkpoint='{{pretrained}}'))
 """
 
 from __future__ import annotations
@@ -25,12 +29,14 @@ from typing import Any
 
 from mmengine.config import Config
 
+from prune_mm.engine.distillation import hook_of
 from prune_mm.engine.exporter import compact_config, dense_config
 from prune_mm.engine.launch import add_common_arguments, check_data, load_config, run_tool
+from prune_mm.engine.training_options import check_training_options
 from prune_mm.files import write_text_atomically
 
 TOOLS = Path(__file__).resolve().parent
-#: What stands for the dense checkpoint in ``finetune``.
+#: What stands for the dense checkpoint in ``finetune`` and ``teacher``.
 PRETRAINED = "{{pretrained}}"
 
 
@@ -107,8 +113,9 @@ def check_placeholder(config: Config) -> None:
     Raises:
         ValueError: when there is not.
     """
-    if PRETRAINED in str(config.get("finetune")) and not (config.get("pretrain") or config.get("load_from")):
-        raise ValueError(f"finetune mentions {PRETRAINED}, but the config has neither 'pretrain' nor 'load_from'")
+    for name in ("finetune", "teacher"):
+        if PRETRAINED in str(config.get(name)) and not (config.get("pretrain") or config.get("load_from")):
+            raise ValueError(f"{name} mentions {PRETRAINED}, but the config has neither 'pretrain' nor 'load_from'")
 
 
 def filled(node: Any, checkpoint: str | None) -> Any:
@@ -124,6 +131,8 @@ def finetune(args: argparse.Namespace, config: Config, artifact: Path, work: Pat
     """Train the compact model further; its weights replace those in a second artifact folder."""
     stage = compact_config(config)
     stage.model.checkpoint = str(artifact / "compact.pth")
+    if config.get("teacher") and "DistillationHook" not in str(config.finetune):
+        stage.teacher = config.teacher
     stage.merge_from_dict(filled(config.finetune.to_dict(), start or config.get("load_from")))
     path, folder = work / "finetune.py", work / "finetune"
     write_text_atomically(path, stage.pretty_text + "\n")
@@ -138,14 +147,22 @@ def finetune(args: argparse.Namespace, config: Config, artifact: Path, work: Pat
 def main() -> None:
     """Run every stage."""
     args = parse_args()
+    if args.launcher in ("slurm", "mpi"):
+        raise ValueError(f"--launcher {args.launcher} is for single steps; on a cluster run those, see docs/cluster.md")
     config = load_config(args)
+    check_training_options(config)
     check_placeholder(config)
+    if config.get("teacher"):
+        hook_of(config.teacher)
     check_data(config, "train_dataloader", "val_dataloader", "test_dataloader")
     work = Path(config.work_dir)
     work.mkdir(parents=True, exist_ok=True)
     resolved = work / "compress.py"
     write_text_atomically(resolved, config.pretty_text + "\n")
     start, dense = pretrain(args, config, work) if config.get("pretrain") else (None, None)
+    if config.get("teacher"):
+        config.teacher = filled(config.teacher.to_dict(), start or config.get("load_from"))
+        write_text_atomically(resolved, config.pretty_text + "\n")
     artifact, masked = train_and_export(args, str(resolved), work, start)
     if config.get("finetune"):
         artifact = finetune(args, config, artifact, work, start)

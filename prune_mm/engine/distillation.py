@@ -1,88 +1,101 @@
-"""DistillationHook: a classifier also learns from the logits of a teacher, for instance from its own dense form."""
+"""DistillationHook: a model also learns from a teacher, for instance from its own dense form."""
 
 from __future__ import annotations
 
-import copy
-from pathlib import Path
 from typing import Any
 
 import torch
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.logging import print_log
-from mmengine.registry import MODELS as MMENGINE_MODELS
 from mmengine.runner import Runner
-from mmengine.runner.checkpoint import CheckpointLoader
 from torch import Tensor, nn
 
-from prune_mm.engine.checkpoint import check_checkpoint, state_dict_of
-from prune_mm.engine.compact import without_pretrained
+from prune_mm.engine.distillation_parts import PARTS, Part, default_part
+from prune_mm.engine.distillation_teacher import TEACHER_KEYS, build_teacher, check_given
+from prune_mm.engine.launch import check_checkpoint_file
 from prune_mm.engine.prunable import unwrapped
-from prune_mm.graph.trace import in_eval_mode
-from prune_mm.pruners.hinge_math import distillation_loss
-from prune_mm.pruners.options import check_positive
+from prune_mm.pruners.options import check_choice, check_positive
 from prune_mm.registry import HOOKS
-
-#: Sides of the images that logits are tried with.
-_SIZES = (32, 64, 224)
-#: Configs of this package that hold the dense model of a network as ``model``.
-_HOLDERS = ("CompactModel", "PrunableModel")
 
 
 @HOOKS.register_module()
 class DistillationHook(Hook):
-    """Adds knowledge distillation to the loss of an ``ImageClassifier``: weight * KD + (1 - weight) * its own loss.
+    """Adds knowledge distillation to the losses of a model.
 
     The model stays what it is: while it trains, the hook takes the place of its method ``loss``. The teacher is no part
     of it, so it is neither in checkpoints nor in averages nor in the optimizer. It sees the images as the model does,
-    behind the model's preprocessor, in eval mode and without gradients. The log has the terms as they are summed,
-    ``loss_kd`` and ``loss_ce`` (the ``loss`` of the head).
+    behind the model's preprocessor, in eval mode and without gradients. The terms are computed in float32, and the log
+    has each of them as it is summed.
+
+    ========== ============================================ ====================================== ======
+    what       compares                                     terms                                  weight
+    ========== ============================================ ====================================== ======
+    logits     the logits of classifiers                    ``loss_kd``                            0.4
+    features   necks (of classifiers: backbones), by level  ``loss_kd_features``                   6
+    head       class scores and boxes of dense heads        ``loss_kd_cls`` and ``loss_kd_bbox``   1
+    ========== ============================================ ====================================== ======
+
+    With ``logits`` the sum is weight * KD + (1 - weight) * the losses of the model; otherwise KD, with its weight, is
+    added. The ``loss`` of a classifier's head is logged as ``loss_ce``.
 
     Args:
         teacher: ``dict(checkpoint=PATH)`` for the dense network that a compact (or prunable) model was made from, or
-            with ``config=PATH`` (a config file) or ``model=dict(...)`` (a model config) for another classifier of the
-            same classes. In the ``finetune`` of a config, ``tools/compress.py`` knows the checkpoint:
-            ``'{{pretrained}}'``.
-        temperature: T, which logits are divided by; the KD term is multiplied with its square.
-        weight: of the KD term, in (0, 1].
+            with ``config=PATH`` (a config file) or ``model=dict(...)`` (a model config) for another one. In a config
+            for ``tools/compress.py``, ``'{{pretrained}}'`` stands for the dense checkpoint.
+        temperature: T, which logits are divided by; their term is multiplied with its square. Default: 4 for
+            ``logits``, 1 for ``head``.
+        weight: of the terms of distillation; see the table. For ``logits`` in (0, 1].
+        what: is compared; default: ``logits`` for an ``ImageClassifier``, ``features`` for anything else.
+        match: of features: ``correlation`` (default) or ``mse``; see
+            :func:`~prune_mm.engine.distillation_losses.feature_loss`.
 
     Raises:
         ValueError: naming the argument and what would be right; before training also when model or teacher have no
-            logits to compare, or the checkpoint is not one of the teacher.
+            such part, the parts differ in shape, or the checkpoint is not one of the teacher.
 
-    Source: Hinton et al. (2015); temperature and weight as in the fine-tuning of Hinge.
+    Source: Hinton et al. (2015); temperature and weight of logits as in the fine-tuning of Hinge.
     """
 
-    def __init__(self, teacher: dict, temperature: float = 4.0, weight: float = 0.4) -> None:
+    #: Whether it was made from ``teacher=dict(...)`` at the top of a config.
+    by_config = False
+
+    def __init__(
+        self,
+        teacher: dict,
+        temperature: float | None = None,
+        weight: float | None = None,
+        what: str | None = None,
+        match: str | None = None,
+    ) -> None:
         """See the class."""
-        keys = set(teacher) if isinstance(teacher, dict) else set()
-        if "checkpoint" not in keys or not keys <= {"checkpoint", "config", "model"} or {"config", "model"} <= keys:
-            raise ValueError(
-                f"teacher={teacher!r} must be dict(checkpoint=PATH), and config=PATH or model=dict(...) unless it is "
-                "the dense network of the model that trains"
-            )
-        check_positive("temperature", temperature)
-        check_positive("weight", weight)
-        if weight > 1:
-            raise ValueError(f"weight={weight!r} must be a share in (0, 1]")
-        self.given, self.temperature, self.weight = dict(teacher), float(temperature), float(weight)
+        check_given(teacher)
+        for name, value in (("temperature", temperature), ("weight", weight)):
+            if value is not None:
+                check_positive(name, value)
+        if what is not None:
+            check_choice("what", what, PARTS)
+        self.given, self.what, self.weight = dict(teacher), what, weight
+        self._options = {"temperature": temperature, "match": match}
         self.teacher: nn.Module | None = None
-        self._seen: list[Tensor] = []
+        self._seen: list[Any] = []
         self._handle: Any = None
+        if what is not None:
+            self._part(what)
 
     def before_train(self, runner: Runner) -> None:
         """Build the teacher, make sure that it and the model can be compared, and take the place of ``loss``."""
         student = unwrapped(runner.model)
-        _check_classifier(student, "the model")
-        with torch.random.fork_rng(devices=[]):
-            teacher = self._build(runner)
+        if "loss" in vars(student):
+            raise ValueError("the model has a teacher already; leave one of the two out")
+        what = self.what or default_part(student)
+        part = self._part(what)
+        part.module(student, "the model")
+        teacher = build_teacher(self.given, runner.cfg.get("model"), part.module)
         teacher.to(next(student.parameters()).device)
-        sizes = {"the model": _classes(student, "the model"), "the teacher": _classes(teacher, "the teacher")}
-        if len(set(sizes.values())) > 1:
-            raise ValueError(f"teacher: it tells {sizes['the teacher']} classes, the model {sizes['the model']}")
-        self.teacher = teacher
-        self._attach(student)
-        print_log(f"distillation from '{self.given['checkpoint']}', weight {self.weight:g}", "current")
+        part.check_alike(student, teacher)
+        self.attach(student, teacher, part)
+        print_log(f"distillation of {what} from '{self.given['checkpoint']}'", "current")
 
     def after_train(self, runner: Runner) -> None:
         """Give the model its own ``loss`` back."""
@@ -91,108 +104,115 @@ class DistillationHook(Hook):
             del unwrapped(runner.model).loss
         self._handle, self.teacher = None, None
 
-    # -- the teacher ------------------------------------------------------------------------------------------
+    def attach(self, student: nn.Module, teacher: nn.Module, part: Part | None = None) -> None:
+        """Let ``student.loss`` also hold what the teacher says.
 
-    def _build(self, runner: Runner) -> nn.Module:
-        """The teacher with its weights, frozen and in eval mode."""
-        teacher = MMENGINE_MODELS.build(without_pretrained(self._config(runner)))
-        _check_classifier(teacher, "the teacher")
-        name = str(self.given["checkpoint"])
-        checkpoint = _read(name)
-        check_checkpoint(teacher, checkpoint, f"teacher: '{name}'", whole=True)
-        state, own = state_dict_of(checkpoint), teacher.state_dict()
-        foreign = [key for key in state if key not in own]
-        if foreign:
-            raise ValueError(
-                f"teacher: '{name}' is not a checkpoint of this {type(teacher).__name__}: it also holds "
-                f"'{foreign[0]}' and {len(foreign) - 1} more tensors"
-            )
-        teacher.load_state_dict(state)
-        return teacher.requires_grad_(False).eval()
-
-    def _config(self, runner: Runner) -> dict:
-        if "model" in self.given:
-            found = copy.deepcopy(self.given["model"])
-        elif "config" in self.given:
-            path = str(self.given["config"])
-            if not Path(path).is_file():
-                raise FileNotFoundError(f"teacher: no config at '{path}'")
-            found = Config.fromfile(path).model
-        else:
-            found = runner.cfg.get("model") or {}
-            if _kind(found) not in _HOLDERS:
-                raise ValueError(
-                    f"teacher={self.given!r} names no network, and the model is no compact form of one; add "
-                    "config=PATH or model=dict(...)"
-                )
-        return found["model"] if _kind(found) in _HOLDERS else found
-
-    # -- the loss ---------------------------------------------------------------------------------------------
-
-    def _attach(self, student: nn.Module) -> None:
-        own = student.loss
-        self._handle = student.head.register_forward_hook(lambda module, args, logits: self._seen.append(logits))
+        Args:
+            student: the model that trains.
+            teacher: in eval mode, on the same device.
+            part: what is compared, and already checked to be alike; None: check it.
+        """
+        if part is None:
+            part = self._part(self.what or default_part(student))
+            part.check_alike(student, teacher)
+        own, weight = student.loss, part.weight if self.weight is None else self.weight
+        share = 1.0 - weight if part.replaces else 1.0
+        self.teacher = teacher
+        module = part.module(student, "the model")
+        self._handle = module.register_forward_hook(lambda module, args, output: self._seen.append(output))
 
         def loss(inputs: Tensor, data_samples: list, **kwargs: Any) -> dict[str, Tensor]:
             self._seen.clear()
             terms = own(inputs, data_samples, **kwargs)
-            logits = self._seen[-1]
+            given = self._seen[-1]
             self._seen.clear()
-            with torch.no_grad():
-                wanted = self.teacher(inputs, mode="tensor")
-            mixed = {("loss_ce" if key == "loss" else key): self._scaled(key, term) for key, term in terms.items()}
-            return mixed | {
-                "loss_kd": self.weight * distillation_loss(logits.float(), wanted.float(), self.temperature)
-            }
+            wanted = part.output(teacher, inputs, "the teacher")
+            with torch.autocast(next(student.parameters()).device.type, enabled=False):
+                found = {name: weight * term for name, term in part.losses(given, wanted).items()}
+            return {_renamed(name): _scaled(name, term, share) for name, term in terms.items()} | found
 
         student.loss = loss
 
-    def _scaled(self, key: str, term: Any) -> Any:
-        if "loss" not in key:
-            return term
-        return [(1.0 - self.weight) * part for part in term] if isinstance(term, list) else (1.0 - self.weight) * term
+    def _part(self, what: str) -> Part:
+        """The part with its options.
+
+        Raises:
+            ValueError: for an option that does not fit it.
+        """
+        part = PARTS[what](**self._options)
+        if part.replaces and self.weight is not None and self.weight > 1:
+            raise ValueError(f"weight={self.weight!r} must be a share in (0, 1]")
+        return part
 
 
-def _kind(config: Any) -> str:
-    return str(config.get("type")).rpartition(".")[2] if isinstance(config, dict) else ""
+def _renamed(name: str) -> str:
+    """A term called ``loss`` would hide the sum, which MMEngine logs under that name."""
+    return "loss_ce" if name == "loss" else name
 
 
-def _check_classifier(model: nn.Module, what: str) -> None:
-    from mmpretrain.models import ImageClassifier
-
-    if not isinstance(model, ImageClassifier) or not model.with_head:
-        kind = f"{type(model).__name__} without a head" if isinstance(model, ImageClassifier) else type(model).__name__
-        raise ValueError(f"DistillationHook compares the logits of image classifiers; {what} is a {kind}")
+def _scaled(name: str, term: Any, share: float) -> Any:
+    if "loss" not in name or share == 1.0:
+        return term
+    return [share * part for part in term] if isinstance(term, list) else share * term
 
 
-@torch.no_grad()
-def _classes(model: nn.Module, what: str) -> int:
-    """Length of the logits of one image.
+# -- teacher=dict(...) at the top of a config -------------------------------------------------------------------------
+
+
+def hook_of(settings: Any) -> DistillationHook:
+    """The hook that ``teacher=dict(checkpoint=..., ...)`` at the top of a config stands for.
+
+    Args:
+        settings: where the teacher is (``checkpoint``, ``config`` or ``model``), and options of the hook.
 
     Raises:
-        ValueError: when the head gives something else.
+        ValueError: naming the option and what would be right.
     """
-    parameter, error = next(model.parameters()), None
-    for side in _SIZES:
-        try:
-            with in_eval_mode(model):
-                logits = model(torch.zeros(1, 3, side, side, device=parameter.device), mode="tensor")
-        except (RuntimeError, AssertionError, IndexError) as failure:
-            error = failure
-            continue
-        if not isinstance(logits, Tensor) or logits.ndim != 2:
-            raise ValueError(f"the head of {what}, a {type(model.head).__name__}, does not put out logits")
-        return logits.shape[1]
-    raise ValueError(f"{what} cannot be run on an image: {error}") from error
+    if not isinstance(settings, dict):
+        check_given(settings)
+    settings = dict(settings)
+    options = {key: settings.pop(key) for key in ("temperature", "weight", "what", "match") if key in settings}
+    unknown = [key for key in settings if key not in TEACHER_KEYS]
+    if unknown:
+        known = (*TEACHER_KEYS, "what", "weight", "temperature", "match")
+        raise ValueError(f"teacher has no option {unknown[0]!r}; there are: {', '.join(known)}")
+    hook = DistillationHook(settings, **options)
+    hook.by_config = True
+    return hook
 
 
-def _read(path: str) -> dict:
-    if "://" in path:
-        return CheckpointLoader.load_checkpoint(path, map_location="cpu")
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"teacher: no checkpoint at '{path}'")
+def check_teacher(config: Config) -> None:
+    """Look at the ``teacher`` of a config before anything is built.
+
+    Raises:
+        FileNotFoundError: when there is no such checkpoint.
+        ValueError: when an option is wrong, the checkpoint is damaged, or there is a hook, too.
+    """
+    if not config.get("teacher"):
+        return
+    hook = hook_of(config.teacher)
+    _check_single(str(item.get("type")).rpartition(".")[2] for item in config.get("custom_hooks") or [])
     try:
-        # MMEngine's checkpoints hold its message hub and NumPy scalars, which weights_only refuses.
-        return torch.load(path, map_location="cpu", weights_only=False)
-    except Exception as error:  # torch.load has no common error for damaged files
-        raise ValueError(f"teacher: '{path}' is damaged or not a checkpoint: {type(error).__name__}") from error
+        check_checkpoint_file(str(hook.given["checkpoint"]))
+    except (FileNotFoundError, ValueError) as error:
+        raise type(error)(f"teacher: {error}") from error
+
+
+def add_teacher(runner: Runner, priority: str = "NORMAL") -> None:
+    """Register the hook that ``teacher`` in the runner's config stands for, if it has one; once.
+
+    Raises:
+        ValueError: when its settings are wrong, or there is such a hook already.
+    """
+    if not runner.cfg.get("teacher"):
+        return
+    there = [hook for hook in runner.hooks if isinstance(hook, DistillationHook)]
+    if any(hook.by_config for hook in there):
+        return
+    _check_single(type(hook).__name__ for hook in there)
+    runner.register_hook(hook_of(runner.cfg.teacher), priority=priority)
+
+
+def _check_single(kinds: Any) -> None:
+    if "DistillationHook" in kinds:
+        raise ValueError("the config has both teacher=dict(...) and a DistillationHook; leave one of them out")

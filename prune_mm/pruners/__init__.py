@@ -8,7 +8,7 @@ from prune_mm.pruners.hinge import Hinge
 from prune_mm.pruners.onexn import OneByN
 from prune_mm.pruners.strucspars import StrucSpars
 from prune_mm.pruners.target import Target
-from prune_mm.pruners.uniform import UniformL1
+from prune_mm.pruners.uniform import RandomChannels, UniformL1
 
 __all__ = [
     "CHEX",
@@ -19,6 +19,7 @@ __all__ = [
     "Hinge",
     "OneByN",
     "Pruner",
+    "RandomChannels",
     "StrucSpars",
     "Target",
     "UniformL1",

@@ -16,8 +16,9 @@ from mmengine.runner import Runner
 from mmpretrain.models import ImageClassifier
 from torch import nn
 
-from prune_mm.engine.distillation import DistillationHook
-from prune_mm.engine.exporter import export
+from prune_mm.engine.distillation import DistillationHook, check_teacher
+from prune_mm.engine.distillation_parts import Logits
+from prune_mm.engine.exporter import compact_config, dense_config, export
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +119,7 @@ def test_published_loss(weight):
     images, samples = torch.rand(2, 3, 4, 4), [DataSample().set_gt_label(label) for label in (3, 0)]
     plain = student.loss(images, samples)["loss"]
     hook = DistillationHook({"checkpoint": "unused"}, weight=weight)
-    hook.teacher = teacher.requires_grad_(False).eval()
-    hook._attach(student)
+    hook.attach(student, teacher.requires_grad_(False).eval())
     terms = student(images, samples, mode="loss")
     assert set(terms) == {"loss_ce", "loss_kd"}
     assert float(terms["loss_kd"]) == pytest.approx(weight * 1.3103456473, rel=1e-6)
@@ -136,8 +136,8 @@ def test_the_teacher_sees_the_images_as_the_student_does():
     seen = []
     teacher.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     hook = DistillationHook({"checkpoint": "unused"})
-    hook.teacher = teacher
-    hook._attach(student)
+    hook.attach(student, teacher)
+    seen.clear()
     images = torch.rand(2, 3, 4, 4)
     student.loss(images, [DataSample().set_gt_label(0)] * 2)
     assert seen[0] is images
@@ -164,6 +164,74 @@ def test_while_it_is_pruned(images, dense, tmp_path):
     assert float(watch.outputs["loss_kd"]) > 0
     assert not hasattr(watch.teacher, "pruner")
     assert tiny.dead_weight(runner.model) == 0.0
+
+
+@pytest.mark.parametrize("match", ["correlation", "mse"])
+def test_features_of_a_classifier(match, artifact, dense, tmp_path):
+    config = finetune(artifact, tmp_path, {"checkpoint": str(dense[1])}, what="features", match=match)
+    watch = Watch()
+    tiny.train(config, watch)
+    assert set(watch.outputs) >= {"loss_kd_features", "loss_ce"}
+    assert float(watch.outputs["loss"]) == pytest.approx(
+        float(watch.outputs["loss_kd_features"]) + float(watch.outputs["loss_ce"]), rel=1e-5
+    )
+    assert tiny.same(watch.start, watch.teacher.state_dict()) == []
+
+
+# -- teacher=dict(...) at the top of a config -------------------------------------------------------------------------
+
+
+def test_a_teacher_in_the_config_is_the_hook_in_the_config(images, dense, tmp_path):
+    """By the tool, and by a plain Runner with PruningHook."""
+    ends = []
+    for kind in ("hook", "runner", "tool"):
+        config = tiny.classifier(images, tmp_path / kind, tiny.UNIFORM, epochs=1)
+        teacher = {"checkpoint": str(dense[1])}
+        if kind == "hook":
+            options = {"teacher": teacher, "temperature": 2.0, "weight": 0.7}
+            config.custom_hooks = [*config.custom_hooks, {"type": "prune_mm.DistillationHook", **options}]
+        else:
+            config.teacher = {**teacher, "temperature": 2.0, "weight": 0.7}
+        if kind == "tool":
+            path = tiny.write(config, tmp_path / "train.py")
+            end = tiny.tool(tmp_path, "train.py", path)
+            assert end.status == 0, end
+        else:
+            runner = tiny.train(config)
+            assert sum(isinstance(hook, DistillationHook) for hook in runner.hooks) == 1
+        ends.append(torch.load(tmp_path / kind / "epoch_1.pth", weights_only=False)["state_dict"])
+    assert tiny.same(ends[0], ends[1]) == []
+    assert tiny.same(ends[0], ends[2]) == []
+    # What is made of it has no teacher, in its config either.
+    report = export(config, tmp_path / "tool/epoch_1.pth", tmp_path / "small")
+    assert report["pruner"] == "UniformL1"
+    for made in (Config.fromfile(tmp_path / "small/config.py"), compact_config(config), dense_config(config)):
+        assert made.get("teacher") is None
+        assert "Distillation" not in made.pretty_text
+
+
+def test_a_teacher_of_any_training(images, dense, tmp_path):
+    """Of a dense model, with a teacher from another config."""
+    config = tiny.classifier(images, tmp_path / "run", None, epochs=1)
+    config.teacher = {"checkpoint": str(dense[1]), "config": str(dense[0]), "what": "features"}
+    end = tiny.tool(tmp_path, "train.py", tiny.write(config, tmp_path / "train.py"))
+    assert end.status == 0, end
+    assert "loss_kd_features" in end.out + end.err
+
+
+def test_bad_teachers_in_the_config(dense, tmp_path):
+    def message(teacher, hooks=(), kind=ValueError):
+        with pytest.raises(kind) as caught:
+            check_teacher(Config({"teacher": teacher, "custom_hooks": list(hooks)}))
+        return str(caught.value)
+
+    assert message({"checkpoint": "a", "what": "head", "wieght": 1}).startswith("teacher has no option 'wieght'; there")
+    assert "must be dict(checkpoint=PATH)" in message({"what": "head"})
+    assert "teacher='dense.pth' must be dict(checkpoint=PATH)" in message("dense.pth")
+    assert "weight=-1 must be a positive number" in message({"checkpoint": "a", "weight": -1})
+    assert message({"checkpoint": "none.pth"}, kind=FileNotFoundError) == "teacher: no checkpoint at 'none.pth'"
+    both = message({"checkpoint": str(dense[1])}, [{"type": "prune_mm.DistillationHook"}])
+    assert both == "the config has both teacher=dict(...) and a DistillationHook; leave one of them out"
 
 
 def test_a_resumed_run_ends_where_an_uninterrupted_one_does(images, dense, tmp_path):
@@ -218,7 +286,11 @@ def test_two_processes(artifact, dense, tmp_path):
         ({"teacher": {"checkpoint": "a", "weights": 1}}, "must be dict(checkpoint=PATH)"),
         ({"temperature": 0}, "temperature=0 must be a positive number"),
         ({"weight": 0}, "weight=0 must be a positive number"),
-        ({"weight": 1.5}, "weight=1.5 must be a share in (0, 1]"),
+        ({"weight": 1.5, "what": "logits"}, "weight=1.5 must be a share in (0, 1]"),
+        ({"what": "attention"}, "what='attention' must be one of logits, features, head"),
+        ({"what": "features", "match": "cosine"}, "match='cosine' must be one of correlation, mse"),
+        ({"what": "features", "temperature": 2.0}, "temperature=2.0 means nothing for what='features'; leave it out"),
+        ({"what": "head", "match": "mse"}, "match='mse' means nothing for what='head'; leave it out"),
     ],
 )
 def test_bad_options(options, message):
@@ -266,26 +338,25 @@ def test_what_cannot_work_is_refused_before_training(images, coco, artifact, den
     detector = tiny.maskrcnn(coco, tmp_path / "detector", None, epochs=1)
     found = tiny.write(detector, tmp_path / "detector.py")
     taught = finetune(artifact, tmp_path, {"checkpoint": checkpoint, "config": str(found)})
-    assert "the teacher is a MaskRCNN" in refused(taught)
-    detector.custom_hooks = [
-        {"type": "prune_mm.DistillationHook", "teacher": {"checkpoint": checkpoint, "config": path}}
-    ]
-    assert "the model is a MaskRCNN" in refused(detector)
+    assert "what='logits' compares the logits of image classifiers; the teacher is a MaskRCNN" in refused(taught)
+    heavy = finetune(artifact, tmp_path, {"checkpoint": checkpoint}, weight=2)
+    assert "weight=2 must be a share in (0, 1]" in refused(heavy)
+    twice = finetune(artifact, tmp_path, {"checkpoint": checkpoint})
+    twice.custom_hooks = twice.custom_hooks * 2
+    assert "the model has a teacher already" in refused(twice)
     assert not list(tmp_path.rglob("epoch_*.pth"))
 
 
 def test_heads_without_logits():
     """Heads that put out several scores, and classifiers without heads, cannot be compared."""
-    from prune_mm.engine.distillation import _check_classifier, _classes
-
-    model = with_logits(torch.zeros(1, 3))
-    assert _classes(model, "the model") == 3
+    part, model = Logits(), with_logits(torch.zeros(1, 3))
+    part.check_alike(model, model)
     model.head.forward = lambda feats: (feats[0], feats[0])
     with pytest.raises(ValueError, match="the head of the model, a LinearClsHead, does not put out logits"):
-        _classes(model, "the model")
+        part.check_alike(model, model)
     model.head = None
     with pytest.raises(ValueError, match="the teacher is a ImageClassifier without a head"):
-        _check_classifier(model, "the teacher")
+        part.module(model, "the teacher")
 
 
 def test_testing_an_artifact_needs_no_teacher(artifact, tmp_path):

@@ -17,11 +17,8 @@ def compressed(images, tmp_path_factory):
     work = tmp_path_factory.mktemp("compress")
     config = tiny.classifier(images, work / "run", epochs=3)
     config.pretrain = {"train_cfg": {"max_epochs": 1}}
-    teacher = {"checkpoint": "{{pretrained}}"}
-    config.finetune = {
-        "train_cfg": {"max_epochs": 1},
-        "custom_hooks": [{"type": "prune_mm.DistillationHook", "teacher": teacher}],
-    }
+    config.teacher = {"checkpoint": "{{pretrained}}"}
+    config.finetune = {"train_cfg": {"max_epochs": 1}, "teacher": {"weight": 0.2}}
     path = tiny.write(config, work / "tiny.py")
     return work, path, tiny.tool(work, WARM, path)
 
@@ -43,13 +40,17 @@ def test_every_stage_runs(compressed):
     assert list((run / "finetune").glob("epoch_1.pth"))
 
 
-def test_the_compact_model_learns_from_the_pretrained_one(compressed):
+def test_the_pruned_and_the_compact_model_learn_from_the_pretrained_one(compressed):
     work, _, end = compressed
     checkpoint = work / "run/pretrain/epoch_1.pth"
     assert f"load_from={checkpoint}" in end.out
     assert str(checkpoint) in (work / "run/finetune.py").read_text()
     assert "{{pretrained}}" not in (work / "run/finetune.py").read_text()
-    assert "loss_kd" in "".join(path.read_text() for path in (work / "run/finetune").glob("*/*.log"))
+    assert "weight=0.2" in (work / "run/finetune.py").read_text()
+    assert "teacher" not in (work / "run/pretrain.py").read_text()
+    for folder, learns in (("pretrain", False), (".", True), ("finetune", True)):
+        log = "".join(path.read_text() for path in (work / "run" / folder).glob("*/*.log"))
+        assert ("loss_kd" in log) == learns, folder
 
 
 def test_nothing_pretrained_to_learn_from(images, tmp_path):
