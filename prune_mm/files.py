@@ -28,8 +28,10 @@ def write_atomically(path: str | os.PathLike, write: Callable[[str], Any]) -> No
         _flush(temporary)
         os.replace(temporary, path)
         _flush(path.parent)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename in (None, temporary):
+            error.filename = str(path)
         raise
 
 

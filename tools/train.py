@@ -10,6 +10,8 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 
 from prune_mm.compat import fix_ssd_head
+from prune_mm.engine import add_safety
+from prune_mm.engine.distillation import add_teacher, check_teacher
 from prune_mm.engine.launch import (
     add_common_arguments,
     check_checkpoint_file,
@@ -19,6 +21,7 @@ from prune_mm.engine.launch import (
     load_config,
     run_tool,
 )
+from prune_mm.engine.training_options import check_training_options
 
 
 def parse_args() -> argparse.Namespace:
@@ -64,12 +67,16 @@ def main() -> None:
     config = load_config(args)
     apply_training_options(config, args)
     check_pruning(config)
+    check_training_options(config)
+    check_teacher(config)
     check_data(config, "train_dataloader", "val_dataloader")
     check_checkpoint_file(config.get("load_from"))
     if config.get("pretrain") and not config.get("load_from") and not config.get("resume"):
         print(f"warning: {args.config} prunes trained weights, but load_from names none; tools/compress.py trains them")
     runner = RUNNERS.build(config) if "runner_type" in config else Runner.from_cfg(config)
     fix_ssd_head()  # of dense models too
+    add_safety(runner)
+    add_teacher(runner)
     runner.train()
 
 

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,23 +20,35 @@ from safetensors.torch import save_file
 from torch import nn
 
 from prune_mm.analysis.report import read_report
-from prune_mm.engine.checkpoint import PRUNER_PREFIX, check_checkpoint, state_dict_of
+from prune_mm.engine.checkpoint import PRUNER_PREFIX, check_checkpoint, fitting, state_dict_of
 from prune_mm.engine.compact import compact_model, without_pretrained
-from prune_mm.engine.prunable import pruned_module
+from prune_mm.engine.prunable import pruned_module, with_preprocessor
+from prune_mm.engine.reading import read_checkpoint
+from prune_mm.engine.recalibrate import recalibrate_by_config
 from prune_mm.engine.scope import get_scope, scope_inputs, scope_positions
 from prune_mm.export.compact_file import CompactFile
 from prune_mm.export.law import check_law, largest_difference, outputs_of
 from prune_mm.graph import count_gathers
 from prune_mm.graph.trace import in_eval_mode
+from prune_mm.pruners.options import check_integer
 from prune_mm.structures import GroupedConv, Plan
 from prune_mm.structures.plan import count_macs
 
 ARTIFACT_FILES = ("compact.pth", "model.safetensors", "config.py", "plan.json", "report.json")
 #: What else may be in an artifact's folder and is replaced with it.
 EXTRA_FILES = ("report.html", "model.onnx", "__pycache__")
+#: Settings of a training that are not those of a model made by it.
+_OF_PRUNING = ("work_dir", "finetune", "pretrain", "launcher", "teacher")
 
 
-def export(config: Config, checkpoint: str | os.PathLike, out: str | os.PathLike, overwrite: bool = False) -> dict:
+def export(
+    config: Config,
+    checkpoint: str | os.PathLike,
+    out: str | os.PathLike,
+    overwrite: bool = False,
+    recalibrate: int | None = None,
+    recalibrate_frozen: bool = False,
+) -> dict:
     """Write the artifact of a pruned checkpoint, or of a fine-tuned compact model.
 
     Args:
@@ -44,6 +56,9 @@ def export(config: Config, checkpoint: str | os.PathLike, out: str | os.PathLike
         checkpoint: a checkpoint of that training.
         out: folder to write; it appears whole or not at all.
         overwrite: replace an artifact that is already there.
+        recalibrate: estimate the statistics of batch norm again over so many training batches of the config, for the
+            compact model and after the law was checked; see :mod:`prune_mm.engine.recalibrate`.
+        recalibrate_frozen: also those of layers that training leaves alone.
 
     Returns:
         The report, as in ``report.json``.
@@ -51,11 +66,17 @@ def export(config: Config, checkpoint: str | os.PathLike, out: str | os.PathLike
     Raises:
         FileExistsError: when ``out`` exists and may not be replaced, or is not an artifact.
         FileNotFoundError: when there is no checkpoint.
-        ValueError: one line, when the checkpoint does not fit, was never pruned, or the law does not hold.
+        ValueError: one line, when the checkpoint does not fit, was never pruned, or the law does not hold; or when
+            there is nothing to re-calibrate, or nothing to do it with.
     """
+    if recalibrate is not None:
+        check_integer("recalibrate", recalibrate, 1)
     target = _free_target(Path(out), overwrite)
     kind = str(config.model.get("type")).rpartition(".")[2]
     source = _finetuned(config, checkpoint) if kind == "CompactModel" else _pruned(config, checkpoint)
+    if recalibrate is not None:
+        found = recalibrate_by_config(source.small, config, recalibrate, recalibrate_frozen)
+        source.facts["recalibrated"] = asdict(found)
     return _write(target, source)
 
 
@@ -76,12 +97,14 @@ def _pruned(config: Config, path: str | os.PathLike) -> _Source:
     """From a masked checkpoint: the law is checked against the masked model."""
     model, checkpoint = load_pruned(config, path)
     scope = model.prune_scope
-    unfinished = model.pruner.conclude(pruned_module(model))
+    with fitting(f"'{path}'"):
+        unfinished = model.pruner.conclude(pruned_module(model))
+        stages = tuple(tuple(stage) for stage in model.pruner.stages())
     if unfinished:
         print_log("the search has not ended at this checkpoint; what to cut is decided from it as it is", "current")
-    dense = MMENGINE_MODELS.build(without_pretrained(config.model.model))
+    dense = _build_dense(config)
     attached = Plan(scope, (model.prune_attached,) if model.prune_attached else ())
-    decided = Plan(scope, tuple(tuple(stage) for stage in model.pruner.stages()))
+    decided = Plan(scope, stages)
     small = attached.compact(copy.deepcopy(dense))
     small.load_state_dict({k: v for k, v in model.state_dict().items() if not k.startswith(PRUNER_PREFIX)})
     decided.compact(small)
@@ -100,31 +123,32 @@ def _pruned(config: Config, path: str | os.PathLike) -> _Source:
 def _finetuned(config: Config, path: str | os.PathLike) -> _Source:
     """From a checkpoint of a compact model that was trained further."""
     origin = str(config.model.checkpoint)
-    checkpoint = _read_checkpoint(path)
+    checkpoint = read_checkpoint(path)
     init_default_scope(config.get("default_scope", "mmengine"))
-    small = compact_model(config.model.model, origin)
+    small = compact_model(config.model.model, origin, data_preprocessor=_preprocessor(config))
     check_checkpoint(small, checkpoint, f"'{path}'", whole=True)
-    small.load_state_dict(state_dict_of(checkpoint))
+    with fitting(f"'{path}'"):
+        small.load_state_dict(state_dict_of(checkpoint))
     plan = CompactFile.load(origin).plan
-    dense = MMENGINE_MODELS.build(without_pretrained(config.model.model))
+    dense = _build_dense(config)
     report = read_report(Path(origin).parent)
     facts = {key: report[key] for key in ("pruner", "target", "law_relative_difference")} | {"finetuned": True}
     return _Source(config, dense, small, plan, _meta(checkpoint, path), facts, tuple(report["input_size"]))
 
 
+def _build_dense(config: Config) -> nn.Module:
+    return MMENGINE_MODELS.build(with_preprocessor(without_pretrained(config.model.model), _preprocessor(config)))
+
+
+def _preprocessor(config: Config) -> dict | None:
+    """What MMEngine's runner would hand to the model."""
+    return config.model.get("data_preprocessor", config.get("data_preprocessor"))
+
+
 def _meta(checkpoint: dict, path: str | os.PathLike) -> dict[str, Any]:
-    found = checkpoint.get("meta", {}).get("dataset_meta") or {}
-    return {"dataset_meta": _plain(found), "source": Path(path).name}
-
-
-def _read_checkpoint(path: str | os.PathLike) -> dict:
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no checkpoint at '{path}'")
-    try:
-        # MMEngine's checkpoints hold its message hub and NumPy scalars, which weights_only refuses.
-        return torch.load(path, map_location="cpu", weights_only=False)
-    except Exception as error:  # torch.load has no common error for damaged files
-        raise ValueError(f"'{path}' is damaged or not a checkpoint: {type(error).__name__}") from error
+    meta = checkpoint.get("meta")
+    found = meta.get("dataset_meta") if isinstance(meta, dict) else None
+    return {"dataset_meta": _plain(found or {}), "source": Path(path).name}
 
 
 def load_pruned(config: Config, path: str | os.PathLike) -> tuple[nn.Module, dict]:
@@ -134,16 +158,17 @@ def load_pruned(config: Config, path: str | os.PathLike) -> tuple[nn.Module, dic
         FileNotFoundError: when there is no checkpoint.
         ValueError: one line, when config or checkpoint are not of a pruned model.
     """
-    checkpoint = _read_checkpoint(path)
+    checkpoint = read_checkpoint(path)
     model = build_prunable(config)
     check_checkpoint(model, checkpoint, f"'{path}'", whole=True)
     state = state_dict_of(checkpoint)
     if not any(key.startswith(PRUNER_PREFIX) for key in state):
         raise ValueError(f"'{path}' holds no pruning decisions; it is a checkpoint of the dense model")
-    model.load_state_dict(state)
-    if not bool(model.pruner.started):
-        raise ValueError(f"'{path}' was saved before pruning started")
-    model.pruner.mask(pruned_module(model))
+    with fitting(f"'{path}'"):
+        model.load_state_dict(state)
+        if not bool(model.pruner.started):
+            raise ValueError(f"'{path}' was saved before pruning started")
+        model.pruner.mask(pruned_module(model))
     model.eval()
     return model, checkpoint
 
@@ -161,6 +186,7 @@ def build_prunable(config: Config) -> nn.Module:
 
 
 def _free_target(out: Path, overwrite: bool) -> Path:
+    _put_back(out)
     if out.exists():
         is_artifact = (out / "compact.pth").is_file() or (out.is_dir() and not any(out.iterdir()))
         if not is_artifact:
@@ -171,6 +197,14 @@ def _free_target(out: Path, overwrite: bool) -> Path:
         if foreign:
             raise FileExistsError(f"'{out}' also holds '{foreign[0]}', which is no part of an artifact; move it away")
     return out
+
+
+def _put_back(out: Path) -> None:
+    """Bring back the artifact that a process had moved aside when it was killed, before the new one took its place."""
+    moved = sorted(out.parent.glob(f".{out.name}.old.*/{out.name}"), key=lambda path: path.stat().st_mtime)
+    if moved and not out.exists():
+        os.replace(moved[-1], out)
+        moved[-1].parent.rmdir()
 
 
 def _write(out: Path, source: _Source) -> dict:
@@ -273,14 +307,16 @@ def dense_config(config: Config) -> Config:
     """The training config as a config of the dense model: resolved, and without pruning."""
     resolved = copy.deepcopy(config)
     resolved.model = copy.deepcopy(config.model.model)
-    resolved.custom_hooks = _without_pruning_hook(config)
-    for key in ("work_dir", "finetune", "pretrain", "launcher"):
+    resolved.custom_hooks = _other_hooks(config)
+    for key in _OF_PRUNING:
         resolved.pop(key, None)
     return resolved
 
 
-def _without_pruning_hook(config: Config) -> list:
-    return [h for h in config.get("custom_hooks") or [] if str(h.get("type")).rpartition(".")[2] != "PruningHook"]
+def _other_hooks(config: Config) -> list:
+    """Hooks that have nothing to do with pruning, or with files outside an artifact."""
+    ours = ("PruningHook", "DistillationHook", "RecalibrateBN")
+    return [hook for hook in config.get("custom_hooks") or [] if str(hook.get("type")).rpartition(".")[2] not in ours]
 
 
 def compact_config(config: Config) -> Config:
@@ -293,12 +329,12 @@ def compact_config(config: Config) -> Config:
         "checkpoint": "{{ fileDirname }}/compact.pth",
         "backbone": {},
     }
-    resolved.custom_hooks = _without_pruning_hook(config)
+    resolved.custom_hooks = _other_hooks(config)
     imports = config.get("custom_imports") or {"imports": []}
     names = imports["imports"] if isinstance(imports["imports"], (list, tuple)) else [imports["imports"]]
     resolved.custom_imports = {"imports": list(dict.fromkeys([*names, "prune_mm"])), "allow_failed_imports": False}
     resolved.load_from, resolved.resume = None, False
-    for key in ("work_dir", "finetune", "pretrain", "launcher"):
+    for key in _OF_PRUNING:
         resolved.pop(key, None)
     return resolved
 

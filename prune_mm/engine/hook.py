@@ -11,12 +11,16 @@ from mmengine.optim import OptimWrapperDict
 from mmengine.runner import BaseLoop, EpochBasedTrainLoop, Runner
 from torch import Tensor, nn
 
-from prune_mm.engine.agreement import check_agreement, decided_on_rank_0
-from prune_mm.engine.checkpoint import check_checkpoint, strip_pruner
+from prune_mm.engine.agreement import Decided, check_agreement, decided_on_rank_0, time_of_decision
+from prune_mm.engine.checkpoint import check_checkpoint, fitting, strip_pruner
+from prune_mm.engine.distillation import add_teacher
+from prune_mm.engine.failures import check_finite
 from prune_mm.engine.features import collect_spatial_information
 from prune_mm.engine.prunable import pruned_module, unwrapped
 from prune_mm.engine.randomness import make_reproducible, seed_everything
-from prune_mm.pruners import Pruner
+from prune_mm.engine.safety import add_safety
+from prune_mm.engine.training_options import check_resumed_length, check_runner
+from prune_mm.pruners import Decision, Pruner
 from prune_mm.pruners.options import check_flag, check_integer
 from prune_mm.registry import HOOKS
 
@@ -51,6 +55,9 @@ class PruningHook(Hook):
 
     def before_run(self, runner: Runner) -> None:
         """Check the schedule against the length of the training."""
+        check_runner(runner)
+        add_safety(runner)
+        add_teacher(runner, self.priority)
         model = unwrapped(runner.model)
         pruned_module(model)
         # In a test run the training loop stays a config, and building it would load the training data.
@@ -72,12 +79,15 @@ class PruningHook(Hook):
         """Start the pruner on the loaded weights, or go on where a resumed run stopped."""
         pruner, module = self.pruner(runner), pruned_module(unwrapped(runner.model))
         if not bool(pruner.started):
-            decision = decided_on_rank_0(lambda: pruner.start(module))
-            self._commit(runner, decision, step=0)
+            decided = decided_on_rank_0(pruner, module, None, lambda _: pruner.start(module))
+            self._commit(runner, decided, step=0)
             pruner.started.fill_(True)
+            print_log(f"{pruner.label} starts: {time_of_decision(decided)}", "current")
         else:
-            pruner.mask(module)
-            check_agreement(pruner, step=int(pruner.last_update))
+            check_resumed_length(runner, pruner.by_epoch)
+            with fitting(f"'{runner._load_from}'"):
+                pruner.mask(module)
+            check_agreement(pruner, module, step=int(pruner.last_update))
             self._status = pruner.status() | pruner.figures()
             if pruner.wants_stop():
                 _end_training(runner, runner.epoch, runner.iter)
@@ -154,35 +164,46 @@ class PruningHook(Hook):
         if not pruner.due(step) or int(pruner.last_update) == step:
             return
         module = pruned_module(model)
-        decision = decided_on_rank_0(lambda: pruner.decide(module, step, self._features(runner, model)))
-        self._commit(runner, decision, step)
+        decided = decided_on_rank_0(
+            pruner, module, step, lambda found: self._decide(model, step, found), lambda: self._features(runner, model)
+        )
+        self._commit(runner, decided, step)
         pruner.updates += 1
         pruner.last_update.fill_(step)
         self._sync_averages(runner)
         for average in self._averages(runner):
-            pruner.settle(pruned_module(average), decision)
-        print_log(f"{pruner.label} update {int(pruner.updates)} at step {step}: {self._summary(runner)}", "current")
+            pruner.settle(pruned_module(average), decided.decision)
+        name, took = f"{pruner.label} update {int(pruner.updates)}", time_of_decision(decided)
+        print_log(f"{name} at step {step}: {self._summary(runner)}; {took}", "current")
         if self.image_interval and (int(pruner.updates) % self.image_interval == 0 or step == runner.max_iters):
             for name, image in pruner.images(module):
                 runner.visualizer.add_image(name, image, step)
 
-    def _commit(self, runner: Runner, decision: dict[str, Tensor], step: int) -> None:
+    @staticmethod
+    def _decide(model: nn.Module, step: int, features: dict[str, Tensor] | None) -> Decision:
+        module = pruned_module(model)
+        check_finite(module.named_parameters(), "deciding by them what to prune")
+        return model.pruner.decide(module, step, features)
+
+    def _commit(self, runner: Runner, decided: Decided, step: int) -> None:
         model = unwrapped(runner.model)
-        model.pruner.commit(pruned_module(model), decision, step)
-        check_agreement(model.pruner, step)
-        self._status = model.pruner.status() | model.pruner.figures()
+        model.pruner.commit(pruned_module(model), decided.decision, step)
+        check_agreement(model.pruner, pruned_module(model), step)
+        self._status = model.pruner.status() | model.pruner.figures() | {"decide_seconds": decided.seconds}
 
     def _features(self, runner: Runner, model: nn.Module) -> dict[str, Tensor] | None:
-        """Feature maps from a loader of its own, so that the training loader loses no batch."""
+        """Scores of feature maps; each rank looks at its share of the batches.
+
+        They come from a loader of their own, so that the training loader loses no batch.
+        """
         batches = model.pruner.feature_batches
         if not batches:
             return None
         config = copy.deepcopy(runner.cfg.train_dataloader)
-        config.update(num_workers=0, persistent_workers=False)
-        config.pop("prefetch_factor", None)
+        config.update(persistent_workers=False)
         loader = runner.build_dataloader(config, seed=self._seed(runner))
         make_reproducible(loader, self._seed(runner))
-        return collect_spatial_information(model, loader, batches)
+        return collect_spatial_information(model, loader, -(-batches // runner.world_size))
 
     def _watch_optimizer(self, runner: Runner, pruner: Pruner, module: nn.Module) -> None:
         """Hook real optimizer steps: they happen after clipping and unscaling, once per accumulated batch."""

@@ -17,11 +17,14 @@ import torch.distributed as distributed
 from mmengine.config import Config, DictAction
 from mmengine.device import get_device
 
+from prune_mm.engine.failures import explain
+
 _HINTS = {
     "CocoDataset": (
         "COCO 2017: get train2017.zip, val2017.zip and annotations_trainval2017.zip from cocodataset.org/#download "
         "and unpack them in {root}"
     ),
+    "RecordIODataset": "pack the images with tools/make_recordio.py",
     "ImageNet": "ImageNet: get ILSVRC 2012 from image-net.org and unpack it as {root}/train/<class>/ and {root}/val/",
 }
 
@@ -148,7 +151,7 @@ def check_data(config: Config, *loaders: str) -> None:
 
 def _dataset_nodes(node: Any) -> Iterator[dict]:
     if isinstance(node, dict):
-        if node.get("data_root") or node.get("ann_file"):
+        if node.get("data_root") or node.get("ann_file") or node.get("rec_file"):
             yield node
         for value in node.values():
             yield from _dataset_nodes(value)
@@ -160,6 +163,9 @@ def _dataset_nodes(node: Any) -> Iterator[dict]:
 def _paths_of(dataset: dict) -> list[str]:
     """Files and folders a dataset config names; datasets of prune_mm make what they need."""
     kind = str(dataset.get("type", ""))
+    if dataset.get("rec_file"):
+        index = dataset.get("idx_file") or f"{os.path.splitext(dataset['rec_file'])[0]}.idx"
+        return [os.path.join(dataset.get("data_root") or "", path) for path in (dataset["rec_file"], index)]
     if kind.startswith("prune_mm.") or (kind.rpartition(".")[2] in _DOWNLOADED and dataset.get("download", True)):
         return []
     root = dataset.get("data_root") or ""
@@ -179,10 +185,11 @@ def run_tool(main: Callable[[], Any]) -> None:
     try:
         main()
         _leave_together()
-    except (ValueError, FileNotFoundError, FileExistsError) as error:
-        if os.environ.get("PRUNE_MM_TRACEBACK") or not _raised_here(error):
+    except Exception as error:
+        message = explain(error) or (str(error) if _is_for_users(error) else None)
+        if os.environ.get("PRUNE_MM_TRACEBACK") or message is None:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {message}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -200,8 +207,10 @@ def _leave_together() -> None:
         os._exit(0)
 
 
-def _raised_here(error: BaseException) -> bool:
+def _is_for_users(error: BaseException) -> bool:
     """Whether the innermost frame is this package's or the tool's: then the message was written for the user."""
+    if not isinstance(error, (ValueError, FileNotFoundError, FileExistsError)):
+        return False
     frames = traceback.extract_tb(error.__traceback__)
     innermost = Path(frames[-1].filename).resolve() if frames else Path()
     package, tool = Path(__file__).resolve().parents[1], Path(sys.argv[0]).resolve()
