@@ -6,13 +6,14 @@ from typing import Any
 
 from mmengine.registry import DATASETS as MMENGINE_DATASETS
 
-from prune_mm.datasets.shapes import make_shapes_coco, make_shapes_imagefolder
+from prune_mm.datasets.digits import Digits as Digits  # registers itself
+from prune_mm.datasets.shapes import COCO_CLASSES, make_shapes_coco, make_shapes_imagefolder
 from prune_mm.registry import DATASETS
 
 
 @DATASETS.register_module(name="ShapesCoco")
 def shapes_coco(data_root: str = "data/shapes", make: dict | None = None, **kwargs: Any) -> Any:
-    """``mmdet.CocoDataset`` over generated circles, squares and triangles with boxes and masks.
+    """``mmdet.CocoDataset`` over generated shapes with boxes and masks.
 
     Args:
         data_root: folder of the data; made when it is missing.
@@ -20,7 +21,7 @@ def shapes_coco(data_root: str = "data/shapes", make: dict | None = None, **kwar
         kwargs: arguments of ``CocoDataset``.
     """
     make_shapes_coco(data_root, **(make or {}))
-    kwargs.setdefault("metainfo", {"classes": ("circle", "square", "triangle")})
+    kwargs.setdefault("metainfo", {"classes": tuple((make or {}).get("classes", COCO_CLASSES))})
     return MMENGINE_DATASETS.build({"type": "mmdet.CocoDataset", "data_root": data_root, **kwargs})
 
 

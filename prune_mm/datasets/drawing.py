@@ -35,14 +35,34 @@ def _cross(x: Floats, y: Floats) -> Floats:
     return np.minimum(np.maximum(x - length, y - arm), np.maximum(x - arm, y - length))
 
 
+def _hook(x: Floats, y: Floats) -> Floats:
+    long, short = np.maximum(abs(x + 0.58) - 0.12, abs(y) - 0.7), np.maximum(abs(x) - 0.7, abs(y - 0.58) - 0.12)
+    return np.minimum(long, short)
+
+
+def _blob(x: Floats, y: Floats) -> Floats:
+    angle = np.arctan2(y, x)
+    return np.hypot(x, y) - (0.6 + 0.2 * np.sin(2 * angle) + 0.12 * np.sin(3 * angle + 1))
+
+
 _OUTLINES: dict[str, Callable[[Floats, Floats], Floats]] = {
+    "bar": lambda x, y: np.maximum(abs(x) - 0.9, abs(y) - 0.35),
     "circle": lambda x, y: np.hypot(x, y) - 0.9,
+    "crescent": lambda x, y: np.maximum(np.hypot(x, y) - 0.9, 0.7 - np.hypot(x - 0.45, y)),
     "cross": _cross,
     "ring": lambda x, y: abs(np.hypot(x, y) - 0.7) - 0.2,
     "square": lambda x, y: np.maximum(abs(x), abs(y)) - math.sqrt(0.5),
     "star": _star,
     "triangle": lambda x, y: np.maximum(y, abs(x) * math.sin(math.pi / 3) - y / 2) - 0.5,
+    # Marks that are no objects.
+    "blob": _blob,
+    "hook": _hook,
+    "stroke": lambda x, y: np.hypot(np.maximum(abs(x) - 0.9, 0), y) - 0.06,
 }
+#: What lies about in a cluttered picture, and what lies across its objects.
+MARKS = ("blob", "hook", "stroke")
+#: Outlines that can be a class of objects.
+OBJECTS = tuple(name for name in _OUTLINES if name not in MARKS)
 
 
 @dataclass(frozen=True)

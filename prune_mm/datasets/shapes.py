@@ -5,6 +5,9 @@ A pruning run can be tried in minutes without a download::
     python -m prune_mm.datasets.shapes coco data/shapes
     python -m prune_mm.datasets.shapes imagefolder data/shapes_cls
 
+The instance-segmentation data can be made harder: more classes, marks that are no objects behind and across the
+objects, more of them hidden, smaller ones; and it can have a third split.
+
 Every image has its own random generator, seeded by (seed, split, index): the same arguments give the same
 bytes, and a larger data set starts with the images of the smaller one.
 """
@@ -18,6 +21,7 @@ import shutil
 import sys
 import uuid
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +30,11 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import track
 
-from prune_mm.datasets.drawing import BUSY, CALM, Shape, render
+from prune_mm.datasets.drawing import BUSY, CALM, MARKS, OBJECTS, Shape, render
+from prune_mm.datasets.hardness import COCO_CLASSES, DEMO, MIN_RADIUS, Difficulty, difficulty_of
 
 __all__ = ["COCO_CLASSES", "FOLDER_CLASSES", "make_shapes_coco", "make_shapes_imagefolder"]
 
-COCO_CLASSES = ("circle", "square", "triangle")
 # Alphabetical: the order in which folder-reading data sets number their classes.
 FOLDER_CLASSES = ("circle", "cross", "ring", "square", "star", "triangle")
 
@@ -38,41 +42,75 @@ FOLDER_CLASSES = ("circle", "cross", "ring", "square", "star", "triangle")
 FORMAT_VERSION = 1
 MANIFEST = "shapes.json"
 MIN_SIZE = 32
-MIN_RADIUS = 6.5
-MIN_VISIBLE_SHARE = 0.6
-MIN_VISIBLE_AREA = 40
 
 Mask = NDArray[np.bool_]
 
 
-def _layout(rng: np.random.Generator, size: int, max_objects: int) -> list[tuple[Shape, Mask]]:
+def _layout(
+    rng: np.random.Generator, size: int, max_objects: int, difficulty: Difficulty = DEMO
+) -> list[tuple[Shape, Mask]]:
     """One to ``max_objects`` shapes in drawing order, each with its visible mask (size, size).
 
     A candidate that would hide too much of an earlier shape is never drawn: all there is to see is annotated.
     """
-    radii = (max(MIN_RADIUS, size / 16), max(MIN_RADIUS, size / 4))
+    least = difficulty.min_radius
+    radii = (least if least < MIN_RADIUS else max(least, size / 16), max(least, size / 4))
     target = int(rng.integers(1, max_objects + 1))
     shapes: list[Shape] = []
     visible: list[Mask] = []
     needed: list[float] = []
     for _ in range(4 * target):
-        shape = Shape.sample(rng, str(rng.choice(COCO_CLASSES)), size, radii)
+        shape = Shape.sample(rng, str(rng.choice(difficulty.classes)), size, radii)
         mask = shape.distance(size) <= 0
         remaining = [earlier & ~mask for earlier in visible]
         if any(left.sum() < least for left, least in zip(remaining, needed)):
             continue
         shapes.append(shape)
         visible = [*remaining, mask]
-        needed.append(max(MIN_VISIBLE_AREA, MIN_VISIBLE_SHARE * mask.sum()))
+        needed.append(max(difficulty.min_area, difficulty.min_share * mask.sum()))
         if len(shapes) == target:
             break
     return list(zip(shapes, visible))
 
 
+def _clutter(rng: np.random.Generator, size: int, most: int) -> list[Shape]:
+    """Up to ``most`` marks that lie behind the objects."""
+    radii = (size / 24, size / 5)
+    return [Shape.sample(rng, str(rng.choice(MARKS)), size, radii) for _ in range(int(rng.integers(most + 1)))]
+
+
+def _occlude(
+    rng: np.random.Generator, size: int, objects: list[tuple[Shape, Mask]], difficulty: Difficulty
+) -> tuple[list[Shape], list[tuple[Shape, Mask]]]:
+    """Up to ``difficulty.occluders`` strokes over the objects, and the objects with what is still seen of them."""
+    strokes: list[Shape] = []
+    for _ in range(int(rng.integers(difficulty.occluders + 1))):
+        stroke = Shape.sample(rng, "stroke", size, (size / 8, size / 3))
+        seen = [(shape, mask & ~(stroke.distance(size) <= 0)) for shape, mask in objects]
+        wholes = [(shape.distance(size) <= 0).sum() for shape, _ in objects]
+        limits = [max(difficulty.min_area, difficulty.min_share * whole) for whole in wholes]
+        if all(mask.sum() >= limit for (_, mask), limit in zip(seen, limits)):
+            strokes.append(stroke)
+            objects = seen
+    return strokes, objects
+
+
+def _scene(
+    rng: np.random.Generator, size: int, max_objects: int, difficulty: Difficulty
+) -> tuple[list[Shape], list[tuple[Shape, Mask]]]:
+    """All that is drawn, in order, and the objects among it with their visible masks."""
+    below = _clutter(rng, size, difficulty.clutter) if difficulty.clutter else []
+    objects = _layout(rng, size, max_objects, difficulty)
+    above: list[Shape] = []
+    if difficulty.occluders:
+        above, objects = _occlude(rng, size, objects, difficulty)
+    return [*below, *(shape for shape, _ in objects), *above], objects
+
+
 # Folders.
 
 
-def _publish(root: str | os.PathLike[str], kind: str, args: dict[str, int], write: Callable[[Path], None]) -> Path:
+def _publish(root: str | os.PathLike[str], kind: str, args: dict[str, Any], write: Callable[[Path], None]) -> Path:
     """Let ``write`` fill a temporary sibling of ``root``, then rename it to ``root``; return ``root``.
 
     Does nothing when ``root`` holds this data set already, and leaves nothing behind when ``write`` fails.
@@ -136,7 +174,9 @@ def _progress(count: int, text: str) -> Iterable[int]:
     return track(range(count), text, console=console, transient=True, disable=not console.is_terminal)
 
 
-def _write_coco_split(folder: Path, split: str, split_id: int, count: int, args: dict[str, int]) -> None:
+def _write_coco_split(
+    folder: Path, split: str, split_id: int, count: int, args: dict[str, Any], difficulty: Difficulty
+) -> None:
     # Only this layout needs pycocotools; the image folder is for installations without a detector.
     from pycocotools import mask as mask_utils
 
@@ -146,9 +186,9 @@ def _write_coco_split(folder: Path, split: str, split_id: int, count: int, args:
     (folder / split).mkdir(parents=True)
     for index in _progress(count, f"shapes {split}"):
         rng = np.random.default_rng([args["seed"], split_id, index])
-        objects = _layout(rng, size, args["max_objects"])
+        drawn, objects = _scene(rng, size, args["max_objects"], difficulty)
         name = f"{index + 1:012d}.jpg"
-        picture = render(rng, [shape for shape, _ in objects], size, BUSY)
+        picture = render(rng, drawn, size, BUSY)
         # Full colour resolution: halving it would blur the outlines of the smallest shapes.
         picture.save(folder / split / name, quality=95, subsampling=0)
         images.append({"id": index + 1, "file_name": name, "height": size, "width": size})
@@ -158,7 +198,7 @@ def _write_coco_split(folder: Path, split: str, split_id: int, count: int, args:
                 {
                     "id": len(annotations) + 1,
                     "image_id": index + 1,
-                    "category_id": COCO_CLASSES.index(shape.name) + 1,
+                    "category_id": difficulty.classes.index(shape.name) + 1,
                     "segmentation": {"size": rle["size"], "counts": rle["counts"].decode("ascii")},
                     "bbox": mask_utils.toBbox(rle).tolist(),
                     "area": int(mask_utils.area(rle)),
@@ -170,7 +210,7 @@ def _write_coco_split(folder: Path, split: str, split_id: int, count: int, args:
         "licenses": [],
         "images": images,
         "annotations": annotations,
-        "categories": [{"id": i, "name": name} for i, name in enumerate(COCO_CLASSES, 1)],
+        "categories": [{"id": i, "name": name} for i, name in enumerate(difficulty.classes, 1)],
     }
     (folder / "annotations").mkdir(exist_ok=True)
     (folder / "annotations" / f"instances_{split}.json").write_text(json.dumps(content))
@@ -183,12 +223,14 @@ def make_shapes_coco(
     size: int = 128,
     seed: int = 0,
     max_objects: int = 4,
+    test: int = 0,
+    **difficulty: Any,
 ) -> Path:
-    """Write an instance-segmentation data set of circles, squares and triangles in the layout of COCO 2017.
+    """Write an instance-segmentation data set in the layout of COCO 2017; of circles, squares and triangles by default.
 
-    ``root`` gets ``train2017/``, ``val2017/`` (JPEG) and ``annotations/instances_{train,val}2017.json``.
-    Category ids are 1 to 3 in the order of :data:`COCO_CLASSES`; masks are compressed RLE of what one sees of
-    an object and do not overlap.
+    ``root`` gets ``train2017/``, ``val2017/`` (JPEG) and ``annotations/instances_{train,val}2017.json``; with ``test``
+    also ``test2017/``. Category ids are 1, 2, ... in the order of ``classes``; masks are compressed RLE of what one
+    sees of an object and do not overlap.
 
     Args:
         root: folder to make. Left as it is when it already holds this very data set.
@@ -197,6 +239,9 @@ def make_shapes_coco(
         size: side of the square images in pixels, at least 32. Radii: size/16 (6.5 at least) to size/4.
         seed: not negative; another seed gives other images.
         max_objects: most objects in an image; every image has at least one.
+        test: number of test images; 0: no such split.
+        difficulty: fields of :class:`Difficulty`: ``classes``, ``clutter``, ``occluders``, ``occlusion``,
+            ``min_radius``.
 
     Returns:
         ``root`` as a path.
@@ -206,11 +251,19 @@ def make_shapes_coco(
         ValueError: an argument is out of range.
     """
     _check(size, seed, train=train, val=val, max_objects=max_objects)
-    args = {"train": train, "val": val, "size": size, "seed": seed, "max_objects": max_objects}
+    if test < 0:
+        raise ValueError(f"test must not be negative, got {test}")
+    hardness = difficulty_of(difficulty)
+    # Only what is not as in the demo: its folders stay what they are.
+    odd = {key: value for key, value in asdict(hardness).items() if value != getattr(DEMO, key)}
+    odd = {key: list(value) if isinstance(value, tuple) else value for key, value in odd.items()}
+    args = {"train": train, "val": val, "size": size, "seed": seed, "max_objects": max_objects, **odd}
+    args |= {"test": test} if test else {}
 
     def write(folder: Path) -> None:
-        _write_coco_split(folder, "train2017", 0, train, args)
-        _write_coco_split(folder, "val2017", 1, val, args)
+        for split_id, (split, count) in enumerate((("train2017", train), ("val2017", val), ("test2017", test))):
+            if count:
+                _write_coco_split(folder, split, split_id, count, args, hardness)
 
     return _publish(root, "coco", args, write)
 
@@ -276,11 +329,17 @@ def _parser() -> argparse.ArgumentParser:
         (coco, "--val", 150, "validation images"),
         (coco, "--size", 128, "side of an image in pixels"),
         (coco, "--max-objects", 4, "most objects in an image"),
+        (coco, "--test", 0, "images of a third split"),
+        (coco, "--clutter", 0, "most marks behind the objects of an image"),
+        (coco, "--occluders", 0, "most strokes across them"),
         (folder, "--train-per-class", 200, "training images of each class"),
         (folder, "--val-per-class", 40, "validation images of each class"),
         (folder, "--size", 64, "side of an image in pixels"),
     ):
         layout.add_argument(name, type=int, default=default, help=f"{text} (default: {default})")
+    coco.add_argument("--classes", nargs="+", default=COCO_CLASSES, help=f"out of {', '.join(OBJECTS)}")
+    coco.add_argument("--occlusion", type=float, default=0.4, help="largest hidden share of an object (default: 0.4)")
+    coco.add_argument("--min-radius", type=float, default=MIN_RADIUS, help="in pixels (default: %(default)s)")
     return parser
 
 

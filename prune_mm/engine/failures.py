@@ -15,7 +15,7 @@ from torch import Tensor
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 #: Losses in a row that may overflow in half precision: the gradient scaler skips those steps.
 OVERFLOWS = 10
-_RESUME = "what was saved before is whole, and --resume goes on from it"
+_RESUME = "what was saved before is whole; a training goes on from it with --resume"
 
 
 class BrokenTraining(ValueError):
@@ -36,9 +36,9 @@ def explain(error: BaseException) -> str | None:
             # A worker process sends its traceback along.
             return text.strip().splitlines()[-1].rpartition(f"{UnreadableSample.__name__}: ")[2]
         if isinstance(cause, OSError) and cause.errno in NO_ROOM:
-            return f"no room to write '{cause.filename}' ({cause.strerror}): free some, then go on; {_RESUME}"
-        if re.search(r"\(os error 28\)|code: 28\b", text):
-            return f"no room left on the disk ({text.splitlines()[0][:100]}): free some, then go on; {_RESUME}"
+            return f"no room to write '{cause.filename}' ({cause.strerror}): make room; {_RESUME}"
+        if re.search(rf"(os error |code: )({'|'.join(map(str, NO_ROOM))})\b", text):
+            return f"no room left on the disk ({text.splitlines()[0][:100]}): make room; {_RESUME}"
         if isinstance(cause, RuntimeError) and re.search(
             r"DataLoader worker .*(killed by signal|exited unexpect)", text
         ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,7 +50,10 @@ class CompactFile:
             "meta": self.meta,
             "sha256": _digest(plan, state),
         }
-        write_atomically(path, lambda temporary: torch.save(data, temporary))
+        content = io.BytesIO()
+        # PyTorch's own writer says "unexpected pos" when a disk is full.
+        torch.save(data, content)
+        write_atomically(path, lambda temporary: Path(temporary).write_bytes(content.getbuffer()))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> CompactFile:

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from prune_mm import compat
-from prune_mm.datasets import shapes
+from prune_mm.datasets import hardness, shapes
 from prune_mm.datasets.drawing import Shape
 from prune_mm.datasets.shapes import COCO_CLASSES, FOLDER_CLASSES, make_shapes_coco, make_shapes_imagefolder
 
@@ -67,7 +67,7 @@ def test_boxes_and_areas_are_those_of_the_masks(coco):
         rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
         bounds = [columns[0], rows[0], columns[-1] - columns[0] + 1, rows[-1] - rows[0] + 1]
         assert annotation["bbox"] == bounds
-        assert annotation["area"] == mask.sum() >= shapes.MIN_VISIBLE_AREA
+        assert annotation["area"] == mask.sum() >= hardness.MIN_VISIBLE_AREA
         assert annotation["iscrowd"] == 0
 
 
@@ -81,7 +81,7 @@ def test_some_objects_are_occluded_but_none_by_more_than_the_limit():
     for seed in range(60):
         for shape, visible in shapes._layout(np.random.default_rng(seed), SIZE, 4):
             share = visible.sum() / (shape.distance(SIZE) <= 0).sum()
-            assert share >= shapes.MIN_VISIBLE_SHARE
+            assert share >= hardness.DEMO.min_share
             hidden += share < 1
     assert hidden > 5
 
@@ -91,7 +91,7 @@ def test_small_images_keep_the_least_visible_area(size):
     for seed in range(100):
         objects = shapes._layout(np.random.default_rng(seed), size, 4)
         assert objects
-        assert all(visible.sum() >= shapes.MIN_VISIBLE_AREA for _, visible in objects)
+        assert all(visible.sum() >= hardness.MIN_VISIBLE_AREA for _, visible in objects)
 
 
 @pytest.mark.parametrize("name", FOLDER_CLASSES)
@@ -300,3 +300,83 @@ def test_mmpretrain_reads_the_image_folder(folder_root):
     assert tuple(dataset.CLASSES) == FOLDER_CLASSES
     assert Counter(int(label) for label in dataset.get_gt_labels()) == dict.fromkeys(range(6), 3)
     assert dataset[0]["img"].shape == (64, 64, 3)
+
+
+HARD = {"classes": ("cross", "crescent", "bar"), "clutter": 5, "occluders": 4, "occlusion": 0.5, "min_radius": 4.5}
+
+
+@pytest.fixture(scope="module")
+def hard_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("data") / "hard"
+    return make_shapes_coco(root, train=20, val=3, test=4, size=96, max_objects=5, **HARD)
+
+
+def test_a_third_split_is_written_only_when_asked_for(hard_root, coco_root):
+    assert {path.name for path in hard_root.iterdir()} == {
+        "annotations", "shapes.json", "train2017", "val2017", "test2017",
+    }  # fmt: skip
+    assert len(list((hard_root / "test2017").iterdir())) == 4
+    assert not (coco_root / "test2017").exists()
+    firsts = {(hard_root / split / "000000000001.jpg").read_bytes() for split in ("train2017", "val2017", "test2017")}
+    assert len(firsts) == 3
+
+
+def test_hard_classes_are_numbered_as_given(hard_root):
+    content = json.loads((hard_root / "annotations/instances_test2017.json").read_text())
+    assert [(c["id"], c["name"]) for c in content["categories"]] == [(1, "cross"), (2, "crescent"), (3, "bar")]
+    assert {annotation["category_id"] for annotation in content["annotations"]} <= {1, 2, 3}
+
+
+def test_strokes_hide_parts_of_objects_but_never_more_than_allowed():
+    difficulty, shares = shapes.Difficulty(**HARD), []
+    for seed in range(60):
+        drawn, objects = shapes._scene(np.random.default_rng(seed), 96, 5, difficulty)
+        assert {shape.name for shape, _ in objects} <= set(HARD["classes"])
+        marks = [shape for shape in drawn if shape.name not in HARD["classes"]]
+        above = [shape for shape in drawn[drawn.index(objects[-1][0]) + 1 :] if shape in marks]
+        for shape, visible in objects:
+            assert visible.sum() >= difficulty.min_area
+            assert not any((visible & (mark.distance(96) <= 0)).any() for mark in above)
+            shares.append(visible.sum() / (shape.distance(96) <= 0).sum())
+    assert min(shares) >= 0.5
+    assert min(shares) < hardness.DEMO.min_share
+
+
+def test_small_objects_are_smaller():
+    radii = {
+        least: min(
+            shape.radius
+            for seed in range(40)
+            for shape, _ in shapes._layout(np.random.default_rng(seed), 96, 4, shapes.Difficulty(min_radius=least))
+        )
+        for least in (4.5, 6.5)
+    }
+    assert radii[4.5] < 5.5
+    assert radii[6.5] >= 6.5
+
+
+def test_defaults_are_named_in_the_manifest_as_ever(coco_root, tmp_path):
+    manifest = json.loads((coco_root / shapes.MANIFEST).read_text())
+    assert set(manifest["arguments"]) == {"train", "val", "size", "seed", "max_objects"}
+    same = make_shapes_coco(tmp_path / "same", train=2, val=1, classes=COCO_CLASSES, occlusion=0.4, clutter=0, test=0)
+    assert contents(same) == contents(make_shapes_coco(tmp_path / "plain", train=2, val=1))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"classes": ("circle", "hook")}, {"classes": ()}, {"classes": ("bar", "bar")}, {"clutter": -1},
+        {"occluders": -1}, {"occlusion": 0.95}, {"min_radius": 2}, {"test": -1}, {"colour": 3},
+    ],
+)  # fmt: skip
+def test_bad_difficulties_are_refused_before_anything_is_written(tmp_path, arguments):
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        make_shapes_coco(tmp_path / "data", **arguments)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["bar", "crescent", "blob", "hook", "stroke"])
+def test_further_outlines_fit_the_unit_circle(name):
+    rows, columns = np.nonzero(Shape(name, 50.0, 50.0, 40.0, 0.3).distance(100) <= 0)
+    assert rows.size > 20
+    assert np.hypot(columns + 0.5 - 50, rows + 0.5 - 50).max() <= 40

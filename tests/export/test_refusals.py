@@ -169,6 +169,24 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(trained, tmp_path, monkeypat
     refused(*trained("classifier"), tmp_path / "out", "No space left", OSError)
 
 
+def test_a_full_disk_is_said_in_one_line(trained, tmp_path):
+    """The kernel refuses to let files grow, as on a full disk."""
+    config, checkpoint = trained("classifier")
+    (tmp_path / "full.py").write_text(
+        "import resource, runpy, signal, sys\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
+        f"sys.argv[0] = {str(tiny.TOOLS / 'export.py')!r}\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    path = tiny.write(config, tmp_path / "train.py")
+    end = tiny.tool(tmp_path, tmp_path / "full.py", path, checkpoint, tmp_path / "small")
+    assert "no room" in end.one_line_error
+    assert "File too large" in end.one_line_error
+    assert not (tmp_path / "small").exists()
+    assert not list(tmp_path.glob(".small*"))
+
+
 def test_the_tool_says_it_in_one_line(trained, tmp_path):
     _, checkpoint = trained("classifier")
     train = checkpoint.parent / "train.py"

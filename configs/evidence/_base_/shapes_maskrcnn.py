@@ -1,0 +1,69 @@
+# A small Mask R-CNN (ResNet-18 of half width, 64-channel FPN and heads) on generated 96x96 images that are harder than
+# the demo's: six classes, marks behind the objects and strokes across them, up to half of an object hidden, small ones.
+# "val" is for choosing hyper-parameters, "test" for results only. Every row trains for 12 epochs in all.
+_base_ = "../../_base_/demo_maskrcnn_r18.py"
+
+classes = ("circle", "crescent", "cross", "square", "star", "triangle")
+shapes = dict(
+    data_root="data/shapes_hard",
+    make=dict(
+        train=600,
+        val=150,
+        test=300,
+        size=96,
+        max_objects=4,
+        classes=classes,
+        clutter=4,
+        occluders=2,
+        occlusion=0.5,
+        min_radius=6.0,
+    ),
+)
+model = dict(
+    backbone=dict(base_channels=32),
+    neck=dict(in_channels=[32, 64, 128, 256]),
+    rpn_head=dict(anchor_generator=dict(scales=[3])),
+    roi_head=dict(
+        bbox_roi_extractor=dict(roi_layer=dict(sampling_ratio=2)),
+        bbox_head=dict(num_classes=6),
+        mask_roi_extractor=dict(roi_layer=dict(sampling_ratio=2)),
+        mask_head=dict(num_classes=6),
+    ),
+)
+test_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="Resize", scale=(96, 96), keep_ratio=True),
+    dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
+    dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
+]
+train_dataloader = dict(dataset=shapes)
+val_dataloader = dict(batch_size=25, dataset=dict(shapes, pipeline=test_pipeline))
+test_dataloader = dict(
+    batch_size=25,
+    dataset=dict(
+        shapes,
+        pipeline=test_pipeline,
+        ann_file="annotations/instances_test2017.json",
+        data_prefix=dict(img="test2017/"),
+    ),
+)
+val_evaluator = dict(ann_file="data/shapes_hard/annotations/instances_val2017.json")
+test_evaluator = dict(ann_file="data/shapes_hard/annotations/instances_test2017.json")
+
+train_cfg = dict(max_epochs=12, val_interval=12)
+optim_wrapper = dict(optimizer=dict(lr=1e-3))
+# All epochs in one go, and half of them: for the dense network that is pruned, and for what follows.
+whole = [
+    dict(type="LinearLR", start_factor=0.05, by_epoch=False, begin=0, end=100),
+    dict(type="CosineAnnealingLR", eta_min=1e-5, by_epoch=True, convert_to_iter_based=True, end=12, T_max=12),
+]
+half = dict(
+    train_cfg=dict(max_epochs=6, val_interval=6),
+    param_scheduler=[
+        dict(type="LinearLR", start_factor=0.05, by_epoch=False, begin=0, end=100),
+        dict(type="CosineAnnealingLR", eta_min=1e-5, by_epoch=True, convert_to_iter_based=True, end=6, T_max=6),
+    ],
+)
+param_scheduler = whole
+default_hooks = dict(logger=dict(interval=15), checkpoint=dict(interval=2, max_keep_ckpts=1))
+log_processor = dict(window_size=15)

@@ -1,0 +1,65 @@
+# A small SSD (ResNet-18 of half width, cut after layer3, stride 1 there) on the same images as the Mask R-CNN.
+_base_ = "../../_base_/demo_ssd_r18.py"
+
+classes = ("circle", "crescent", "cross", "square", "star", "triangle")
+shapes = dict(
+    data_root="data/shapes_hard",
+    make=dict(
+        train=600,
+        val=150,
+        test=300,
+        size=96,
+        max_objects=4,
+        classes=classes,
+        clutter=4,
+        occluders=2,
+        occlusion=0.5,
+        min_radius=6.0,
+    ),
+)
+model = dict(
+    backbone=dict(base_channels=32),
+    neck=dict(in_channels=(128,), out_channels=(128, 128, 128, 64)),
+    bbox_head=dict(
+        in_channels=(128, 128, 128, 64),
+        num_classes=6,
+        anchor_generator=dict(input_size=96, min_sizes=[12, 22, 36, 54], max_sizes=[22, 36, 54, 80]),
+    ),
+)
+test_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="Resize", scale=(96, 96), keep_ratio=True),
+    dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
+    dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
+]
+train_dataloader = dict(batch_size=8, dataset=shapes)
+val_dataloader = dict(batch_size=25, dataset=dict(shapes, pipeline=test_pipeline))
+test_dataloader = dict(
+    batch_size=25,
+    dataset=dict(
+        shapes,
+        pipeline=test_pipeline,
+        ann_file="annotations/instances_test2017.json",
+        data_prefix=dict(img="test2017/"),
+    ),
+)
+val_evaluator = dict(ann_file="data/shapes_hard/annotations/instances_val2017.json")
+test_evaluator = dict(ann_file="data/shapes_hard/annotations/instances_test2017.json")
+
+train_cfg = dict(max_epochs=32, val_interval=32)
+optim_wrapper = dict(optimizer=dict(lr=2e-3))
+# All epochs in one go, and half of them: for the dense network that is pruned, and for what follows.
+whole = [
+    dict(type="LinearLR", start_factor=0.05, by_epoch=False, begin=0, end=100),
+    dict(type="CosineAnnealingLR", eta_min=1e-5, by_epoch=True, convert_to_iter_based=True, end=32, T_max=32),
+]
+half = dict(
+    train_cfg=dict(max_epochs=16, val_interval=16),
+    param_scheduler=[
+        dict(type="LinearLR", start_factor=0.05, by_epoch=False, begin=0, end=100),
+        dict(type="CosineAnnealingLR", eta_min=1e-5, by_epoch=True, convert_to_iter_based=True, end=16, T_max=16),
+    ],
+)
+param_scheduler = whole
+default_hooks = dict(logger=dict(interval=15), checkpoint=dict(interval=4, max_keep_ckpts=1))
+log_processor = dict(window_size=15)

@@ -1,0 +1,18 @@
+# As for ResNet-20.
+_base_ = "../_base_/digits_mobilenetv2.py"
+
+model = dict(
+    _delete_=True,
+    type="prune_mm.PrunableModel",
+    model=_base_.model,
+    pruner=dict(type="UniformL1", target=dict(macs=0.5), round_to=1),
+    scope="backbone",
+    input_size=64,
+)
+custom_hooks = [dict(type="prune_mm.PruningHook")]
+
+pretrain = dict(_base_.half, optim_wrapper=dict(optimizer=dict(lr=0.1)))
+train_cfg = dict(max_epochs=20, val_interval=20)
+optim_wrapper = dict(optimizer=dict(lr=0.05))
+param_scheduler = _base_.half["param_scheduler"]
+recalibrate = 20

@@ -1,0 +1,2 @@
+# The dense network: all epochs in one go.
+_base_ = "../_base_/digits_resnet20.py"

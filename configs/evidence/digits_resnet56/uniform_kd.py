@@ -1,0 +1,4 @@
+# As for ResNet-20.
+_base_ = "../digits_resnet20/uniform_kd.py"
+
+model = dict(model=dict(backbone=dict(depth=56)))

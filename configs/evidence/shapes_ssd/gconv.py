@@ -1,0 +1,4 @@
+# GConv Prune: numbers of groups are searched that meet the target; trained like UniformL1.
+_base_ = "./uniform.py"
+
+model = dict(pruner=dict(_delete_=True, type="GConvPrune", target=dict(macs=0.5), min_channels=4))

@@ -1,0 +1,25 @@
+# StrucSpars: half of the epochs search from random weights, at a constant learning rate and without weight decay, as
+# published; then the compact model trains on. delta is larger than published, as there are far fewer iterations.
+_base_ = "../_base_/shapes_ssd.py"
+
+model = dict(
+    _delete_=True,
+    type="prune_mm.PrunableModel",
+    model=_base_.model,
+    pruner=dict(type="StrucSpars", target=dict(macs=0.5), warmup=2, delta=1e-5, interval=None),
+    scope="backbone",
+    input_size=96,
+)
+custom_hooks = [dict(type="prune_mm.PruningHook")]
+
+train_cfg = dict(max_epochs=16, val_interval=1)
+optim_wrapper = dict(optimizer=dict(weight_decay=0.0))
+param_scheduler = [dict(type="LinearLR", start_factor=0.05, by_epoch=False, begin=0, end=100)]
+default_hooks = dict(checkpoint=dict(interval=1, max_keep_ckpts=-1))
+finetune = dict(
+    train_cfg=dict(max_epochs=16, val_interval=16),
+    optim_wrapper=dict(optimizer=dict(weight_decay=0.01)),
+    param_scheduler=_base_.half["param_scheduler"],
+    default_hooks=dict(checkpoint=dict(interval=4, max_keep_ckpts=1)),
+)
+recalibrate = 40

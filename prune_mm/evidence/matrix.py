@@ -1,0 +1,276 @@
+"""The matrix of runs, and the config of each."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from mmengine.config import Config
+
+from prune_mm.engine.exporter import compact_config
+
+#: Raise it whenever the same config and seed would give another result: cached runs are then made again.
+FORMAT = 1
+DENSE = "dense"
+SPLITS = ("val", "test")
+#: Keys of a run's config that are about how it is measured, not about what is trained.
+_NOT_TRAINED = ("test_dataloader", "test_evaluator", "recalibrate", "work_dir", "launcher")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A network on a data set.
+
+    Attributes:
+        name: folder of its configs.
+        title: what to call it.
+        metrics: names of the metrics as ``tools/test.py`` writes them; claims are about the first.
+        within: how far below the dense network CHEX may end, in units of the first metric.
+    """
+
+    name: str
+    title: str
+    metrics: tuple[str, ...]
+    within: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method: name of its config in each task's folder, label, and whether claims are made about it."""
+
+    name: str
+    label: str
+    claims: bool = False
+
+
+@dataclass(frozen=True)
+class Run:
+    """One cell of the matrix at one seed; ``share`` is the percentage of MACs that is aimed at (100: dense)."""
+
+    task: str
+    row: str
+    share: int
+    seed: int
+
+    def __str__(self) -> str:
+        """As ``--only`` knows it: ``digits_resnet20/chex@50-s0``."""
+        return f"{self.task}/{self.row}@{self.share}-s{self.seed}"
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Tasks x rows x shares x seeds, and the folder of their configs."""
+
+    folder: Path
+    tasks: tuple[Task, ...]
+    rows: tuple[Row, ...]
+    shares: tuple[int, ...]
+    seeds: tuple[int, ...]
+
+    @classmethod
+    def read(cls, path: str | Path) -> Matrix:
+        """Read ``matrix.json``; configs lie beside it as ``<task>/<row>.py``.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is damaged, or names a task without configs.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no matrix at '{path}'")
+        try:
+            content = json.loads(path.read_text())
+            tasks = [Task(t["name"], t["title"], tuple(t["metrics"]), float(t["within"])) for t in content["tasks"]]
+            rows = [Row(**row) for row in content["rows"]]
+            matrix = cls(path.parent, tuple(tasks), tuple(rows), tuple(content["shares"]), tuple(content["seeds"]))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"'{path}' is no matrix: {type(error).__name__}: {error}") from error
+        if not matrix.shares or not matrix.seeds:
+            raise ValueError(f"'{path}' needs shares and seeds")
+        for task in matrix.tasks:
+            if not (matrix.folder / task.name / f"{DENSE}.py").is_file():
+                raise ValueError(f"'{path}': task '{task.name}' has no '{task.name}/{DENSE}.py' beside the matrix")
+        return matrix
+
+    def config_path(self, run: Run) -> Path:
+        """Config file of a run."""
+        return self.folder / run.task / f"{run.row}.py"
+
+    def runs(self, seeds: Sequence[int] | None = None, only: Iterable[str] = ()) -> list[Run]:
+        """All runs there are configs for: seed by seed, so that a matrix that stops half way is as wide as it can be.
+
+        Args:
+            seeds: instead of those of the matrix.
+            only: patterns as of a shell for the names of runs; ``*`` is understood at both ends.
+
+        Raises:
+            ValueError: a pattern matches no run.
+        """
+        found = [
+            Run(task.name, row.name, share, seed)
+            for seed in (self.seeds if seeds is None else seeds)
+            for task in self.tasks
+            for share in (100, *self.shares)
+            for row in self.rows
+            if (row.name == DENSE) == (share == 100) and (self.folder / task.name / f"{row.name}.py").is_file()
+        ]
+        only = list(only)
+        for pattern in only:
+            if not any(fnmatchcase(str(run), f"*{pattern}*") for run in found):
+                raise ValueError(f"--only {pattern!r} matches no run; they are named like '{found[0]}'")
+        return [run for run in found if not only or any(fnmatchcase(str(run), f"*{p}*") for p in only)]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The trainings of a run.
+
+    Attributes:
+        run: which.
+        config: of the pruning (or, in the dense row, the only) training, seeded, at the share of the run.
+        pretrain: of the dense training before it, or None.
+        key: hash of all that decides the result.
+        pretrain_key: the same of the dense training, which rows share.
+    """
+
+    run: Run
+    config: Config
+    pretrain: Config | None
+    key: str
+    pretrain_key: str | None
+
+    @property
+    def recalibrate(self) -> int:
+        """Batches that norms are re-calibrated with right after the cut; 0: this is not measured."""
+        return int(self.config.get("recalibrate", 0))
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether this is the dense row."""
+        return self.run.row == DENSE
+
+    @property
+    def starts_trained(self) -> bool:
+        """Whether the dense network trains first."""
+        return self.pretrain is not None
+
+
+def plan_run(matrix: Matrix, run: Run, data_seed: int | None = None) -> Plan:
+    """Resolve the config of a run.
+
+    A config is one of the first share of the matrix. For another one it may hold ``at_25 = dict(...)``: settings that
+    are merged when 25 % of the MACs is the aim; without, the ``target`` of the pruner becomes ``dict(macs=share)``.
+
+    Args:
+        matrix: where the config is.
+        run: which.
+        data_seed: make the generated data from this seed instead, in folders of their own.
+
+    Raises:
+        ValueError: the config does not say how to reach the share.
+    """
+    path = matrix.config_path(run)
+    config = copy.deepcopy(_read_config(path))
+    _aim(config, run, matrix.shares[:1], path)
+    _reseed_data(config, data_seed)
+    config.setdefault("randomness", {})["seed"] = run.seed
+    for pruner in _pruners(config):
+        pruner["seed"] = run.seed
+    config.custom_hooks = [*(config.get("custom_hooks") or []), {"type": "prune_mm.StopwatchHook"}]
+    pretrain = None
+    if config.get("pretrain"):
+        # From the dense row, not from this one, whose optimizer may differ: all rows start from the same weights.
+        pretrain = copy.deepcopy(_read_config(matrix.folder / run.task / f"{DENSE}.py"))
+        pretrain.merge_from_dict(config.pretrain.to_dict())
+        _reseed_data(pretrain, data_seed)
+        pretrain.setdefault("randomness", {})["seed"] = run.seed
+        pretrain.custom_hooks = [{"type": "prune_mm.StopwatchHook"}]
+    pretrain_key = None if pretrain is None else _hash(pretrain, run.seed)
+    return Plan(run, config, pretrain, _hash(config, run.seed, pretrain_key), pretrain_key)
+
+
+@lru_cache(maxsize=256)
+def _read_config(path: Path) -> Config:
+    return Config.fromfile(path)
+
+
+def _aim(config: Config, run: Run, as_it_is: Sequence[int], path: Path) -> None:
+    settings = {int(key[3:]): config.pop(key) for key in list(config.keys()) if key.startswith("at_")}
+    pruners = _pruners(config)
+    if run.share in settings:
+        config.merge_from_dict(settings[run.share].to_dict())
+    elif run.row == DENSE or run.share in as_it_is:
+        return
+    elif len(pruners) == 1 and pruners[0].get("target"):
+        pruners[0]["target"] = {"macs": run.share / 100}
+    else:
+        raise ValueError(f"'{path}' must say what gives {run.share} % of the MACs: at_{run.share} = dict(...)")
+
+
+def _reseed_data(config: Config, seed: int | None) -> None:
+    """Let generated data sets be made from another seed, beside the usual ones."""
+    if seed is None:
+        return
+    for split in ("train", "val", "test"):
+        dataset = config[f"{split}_dataloader"].dataset
+        root = dataset.get("data_root")
+        if dataset.get("make") is None or root is None:
+            continue
+        dataset.make["seed"], dataset.data_root = seed, f"{root}_{seed}"
+        evaluator = config.get(f"{split}_evaluator") or {}
+        if str(evaluator.get("ann_file", "")).startswith(f"{root}/"):
+            evaluator.ann_file = evaluator.ann_file.replace(root, dataset.data_root, 1)
+
+
+def _pruners(config: Config) -> list[dict]:
+    found = config.model.get("pruner")
+    return [] if found is None else list(found) if isinstance(found, (list, tuple)) else [found]
+
+
+def _hash(config: Config, *more: Any) -> str:
+    content = {key: value for key, value in config.to_dict().items() if key not in _NOT_TRAINED}
+    text = json.dumps([FORMAT, content, more], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def finetune_config(plan: Plan, artifact: Path, teacher: str | None, unused_epochs: int = 0) -> Config:
+    """The config that trains a compact model further.
+
+    Args:
+        plan: of the run.
+        artifact: folder of the compact model.
+        teacher: dense checkpoint that ``{{pretrained}}`` stands for.
+        unused_epochs: that the search left over: it ended early. They are added here, schedule included, so that every
+            row trains for the same time.
+    """
+    stage = compact_config(plan.config)
+    stage.model.checkpoint = str(artifact / "compact.pth")
+    stage.merge_from_dict(filled(plan.config.finetune.to_dict(), teacher))
+    lengthen(stage, unused_epochs)
+    return stage
+
+
+def lengthen(config: Config, epochs: int) -> None:
+    """Add epochs to a training, in place; schedulers that end with it end with it again."""
+    before = config.train_cfg.max_epochs
+    config.train_cfg.max_epochs = before + epochs
+    for scheduler in config.get("param_scheduler") or []:
+        for name in ("end", "T_max"):
+            if scheduler.get("by_epoch", True) and scheduler.get(name) == before:
+                scheduler[name] = before + epochs
+
+
+def filled(node: Any, checkpoint: str | None) -> Any:
+    """A copy of settings in which ``{{pretrained}}`` is the path of the dense checkpoint."""
+    if isinstance(node, dict):
+        return {key: filled(value, checkpoint) for key, value in node.items()}
+    if isinstance(node, (list, tuple)):
+        return type(node)(filled(value, checkpoint) for value in node)
+    return node.replace("{{pretrained}}", str(checkpoint)) if isinstance(node, str) else node
