@@ -19,6 +19,7 @@ ALLOWED = {
     "analysis": {"analysis", "graph", "structures"},
     "backbones": {"backbones", "registry"},
     "datasets": {"datasets", "registry"},
+    "evidence": {"evidence", "engine", "pruners", "analysis", "files"},
 }
 
 
