@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import subprocess
 import sys
 from multiprocessing import get_context
@@ -221,6 +222,11 @@ class Started:
 def tool(folder: Path, name: str | Path, *words: Any, **environment: Any) -> Finished:
     """Run a tool of ``tools/`` to its end, in a process of its own."""
     return Started(folder, name, *words, **environment).wait()
+
+
+def program(name: str) -> str | None:
+    """Path of a program of the environment the tests run in, or of the system."""
+    return shutil.which(name, path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
 
 
 def cold_tool(folder: Path, *words: Any, timeout: float = 180, **environment: Any) -> Finished:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 
 import pytest
@@ -67,7 +66,7 @@ def test_services():
         assert (tiny.ROOT / word).is_file()
 
 
-@pytest.mark.skipif(shutil.which("hadolint") is None, reason="hadolint is not installed")
+@pytest.mark.skipif(tiny.program("hadolint") is None, reason="hadolint is not installed")
 def test_hadolint():
-    found = subprocess.run(["hadolint", str(DOCKER / "Dockerfile")], capture_output=True, text=True)
+    found = subprocess.run([tiny.program("hadolint"), str(DOCKER / "Dockerfile")], capture_output=True, text=True)
     assert found.returncode == 0, found.stdout

@@ -163,10 +163,10 @@ def test_scripts_say_how_they_are_used(script, words, variables, message, tmp_pa
     assert message in end.err
 
 
-@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+@pytest.mark.skipif(tiny.program("shellcheck") is None, reason="shellcheck is not installed")
 def test_shellcheck():
     scripts = [*map(str, tiny.TOOLS.glob("*.sh")), *map(str, tiny.TOOLS.glob("*.sbatch"))]
-    found = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True)
+    found = subprocess.run([tiny.program("shellcheck"), *scripts], capture_output=True, text=True)
     assert found.returncode == 0, found.stdout
 
 
