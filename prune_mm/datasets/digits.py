@@ -26,7 +26,7 @@ CLASSES = tuple(str(digit) for digit in range(10))
 #: Index of the first image of each writer, and the end.
 WRITERS = (0, 130, 256, 386, 516, 646, 776, 915, 1029, 1157, 1287, 1415, 1545, 1667, 1797)
 #: First and last writer of a split: ``val`` is for choosing hyper-parameters, ``test`` for results only.
-SPLITS = {"train": (0, 5), "val": (5, 7), "test": (7, 14)}
+SPLITS = {"train": (0, 4), "val": (4, 7), "test": (7, 14)}
 
 
 def split_indices(split: str) -> range:
@@ -61,7 +61,7 @@ class Digits(BaseDataset):
     """Handwritten digits for MMPretrain's transforms and classifiers: RGB images (32, 32, 3), labels 0 to 9.
 
     Args:
-        split: ``train`` (646 images of 5 writers), ``val`` (269 of 2) or ``test`` (882 of 7).
+        split: ``train`` (516 images of 4 writers), ``val`` (399 of 3) or ``test`` (882 of 7).
         pipeline: transforms; the image is in ``img`` already.
         kwargs: arguments of MMEngine's ``BaseDataset``.
 

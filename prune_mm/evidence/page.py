@@ -26,8 +26,8 @@ Made by `make evidence` (`tools/evidence.py`) from the raw numbers in [`results/
 again from a config in [`configs/evidence`](../configs/evidence) and a seed. `tools/evidence.py --list` names the runs,
 and `work_dirs/evidence/<task>/<run>/commands.sh` lists the commands of each.
 
-* **Data.** Digits: scikit-learn's handwritten digits at 32x32, split by writer: 646 images of 5 writers to train, 269
-  of 2 to validate, 882 of 7 others to test. Shapes: 600 + 150 + 300 generated images of 96x96 with six classes,
+* **Data.** Digits: scikit-learn's handwritten digits at 32x32, split by writer: 516 images of 4 writers to train, 399
+  of 3 to validate, 882 of 7 others to test. Shapes: 600 + 150 + 300 generated images of 96x96 with six classes,
   clutter, hidden and small objects. They are small on purpose: everything runs in minutes on a processor. They rank
   methods at this scale; they do not replace ImageNet or COCO.
 * **The same for all.** Every row trains for the same number of epochs in all, dense too: methods that prune trained

@@ -22,7 +22,7 @@ pytest.importorskip("sklearn")
 def test_the_splits_are_disjoint_and_hold_everything():
     found = [index for split in SPLITS for index in split_indices(split)]
     assert sorted(found) == list(range(1797))
-    assert {split: len(split_indices(split)) for split in SPLITS} == {"train": 646, "val": 269, "test": 882}
+    assert {split: len(split_indices(split)) for split in SPLITS} == {"train": 516, "val": 399, "test": 882}
 
 
 def test_no_writer_is_in_two_splits():

@@ -11,7 +11,7 @@ train_pipeline = [
 ]
 test_pipeline = [dict(type="PackInputs")]
 train_dataloader = dict(
-    batch_size=32,
+    batch_size=16,
     num_workers=0,
     sampler=dict(type="DefaultSampler", shuffle=True),
     dataset=dict(type="prune_mm.Digits", split="train", pipeline=train_pipeline),
@@ -34,7 +34,7 @@ val_cfg = dict()
 test_cfg = dict()
 
 train_cfg = dict(by_epoch=True, max_epochs=40, val_interval=40)
-optim_wrapper = dict(optimizer=dict(type="SGD", lr=0.1, momentum=0.9, weight_decay=5e-4))
+optim_wrapper = dict(optimizer=dict(type="SGD", lr=0.05, momentum=0.9, weight_decay=5e-4))
 # All epochs in one go, and half of them: for the dense network that is pruned, and for what follows.
 whole = [
     dict(type="LinearLR", start_factor=0.1, by_epoch=False, begin=0, end=20),

@@ -18,7 +18,7 @@ param_scheduler = [dict(type="LinearLR", start_factor=0.1, by_epoch=False, begin
 default_hooks = dict(checkpoint=dict(interval=1, max_keep_ckpts=-1))
 finetune = dict(
     train_cfg=dict(max_epochs=20, val_interval=20),
-    optim_wrapper=dict(optimizer=dict(lr=0.05, weight_decay=5e-4)),
+    optim_wrapper=dict(optimizer=dict(lr=0.025, weight_decay=5e-4)),
     param_scheduler=_base_.half["param_scheduler"],
     default_hooks=dict(checkpoint=dict(interval=5, max_keep_ckpts=1)),
 )

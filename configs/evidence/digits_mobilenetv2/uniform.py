@@ -11,8 +11,8 @@ model = dict(
 )
 custom_hooks = [dict(type="prune_mm.PruningHook")]
 
-pretrain = dict(_base_.half, optim_wrapper=dict(optimizer=dict(lr=0.1)))
+pretrain = dict(_base_.half, optim_wrapper=dict(optimizer=dict(lr=0.05)))
 train_cfg = dict(max_epochs=20, val_interval=20)
-optim_wrapper = dict(optimizer=dict(lr=0.05))
+optim_wrapper = dict(optimizer=dict(lr=0.025))
 param_scheduler = _base_.half["param_scheduler"]
 recalibrate = 20

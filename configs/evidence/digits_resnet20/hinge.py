@@ -21,7 +21,7 @@ model = dict(
 )
 custom_hooks = [dict(type="prune_mm.PruningHook")]
 
-pretrain = dict(_base_.half, optim_wrapper=dict(optimizer=dict(lr=0.1)))
+pretrain = dict(_base_.half, optim_wrapper=dict(optimizer=dict(lr=0.05)))
 train_cfg = dict(max_epochs=8, val_interval=8)
 optim_wrapper = dict(
     optimizer=dict(lr=4e-3),
@@ -31,7 +31,7 @@ param_scheduler = []
 default_hooks = dict(checkpoint=dict(interval=1))
 finetune = dict(
     train_cfg=dict(max_epochs=12, val_interval=12),
-    optim_wrapper=dict(optimizer=dict(lr=0.05), paramwise_cfg=None),
+    optim_wrapper=dict(optimizer=dict(lr=0.025), paramwise_cfg=None),
     param_scheduler=[
         dict(type="LinearLR", start_factor=0.1, by_epoch=False, begin=0, end=20),
         dict(type="CosineAnnealingLR", eta_min=1e-4, by_epoch=True, convert_to_iter_based=True, end=12, T_max=12),
