@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from prune_mm.pruners.gconv_math import check_groups, checked_order
-from prune_mm.pruners.options import check_integer
 
 
 def mask_of(out_perm: Tensor, in_perm: Tensor, groups: int) -> Tensor:
@@ -89,34 +88,3 @@ def orders_of_mask(mask: Tensor | np.ndarray) -> tuple[Tensor, Tensor, int]:
             "disjoint, and split outputs and inputs into groups of one size"
         )
     return torch.argsort(ids[0], stable=True), torch.argsort(ids[1], stable=True), int(ids[0].max())
-
-
-def shuffle_order(channels: int, groups: int) -> Tensor:
-    """The published channel shuffle: every G-th channel, from each of the first G in turn.
-
-    Args:
-        channels: F.
-        groups: G, a divisor of F.
-
-    Returns:
-        int64 (F,), the channel at every position: 8 channels in 2 groups give 0 2 4 6 1 3 5 7.
-
-    Raises:
-        ValueError: naming what is wrong with an argument.
-
-    Source: index type 'shuffle' of the published code.
-    """
-    check_integer("channels", channels, 1)
-    check_groups(groups, channels)
-    return torch.arange(channels).reshape(channels // groups, groups).T.reshape(-1)
-
-
-def random_order(channels: int, seed: int) -> Tensor:
-    """A random permutation, int64 (channels,): index type 'random' of the published code.
-
-    Raises:
-        ValueError: naming what is wrong with an argument.
-    """
-    check_integer("channels", channels, 1)
-    check_integer("seed", seed, 0)
-    return torch.from_numpy(np.random.default_rng(seed).permutation(channels))

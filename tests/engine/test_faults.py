@@ -8,12 +8,17 @@ import random
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
 import torch
 from methods import PRUNERS, config_of, sabotaged
+from mmengine.hooks import CheckpointHook, Hook
 from test_distributed import two_processes
+
+from prune_mm.engine.checkpointing import AtomicBackend, SafeCheckpointHook
+from prune_mm.engine.failures import OVERFLOWS, BrokenTraining, LossWatch
 
 HERE = Path(__file__).parent
 EPOCHS = 5
@@ -132,6 +137,57 @@ def test_a_full_disk(keep, images, tmp_path):
     resumed = run(config, tmp_path, "--resume")
     assert resumed.status == 0, resumed
     assert "resumed epoch: 2" in resumed.out + resumed.err
+
+
+def test_the_best_checkpoint_goes_only_when_a_better_one_is_whole(images, tmp_path):
+    config = config_of("chex", images, tmp_path / "run", EPOCHS)
+    config.train_cfg.val_interval = 1
+    config.default_hooks.checkpoint.update(interval=1, max_keep_ckpts=1, save_best="accuracy/top1", rule="less")
+    # Removals, and what was whole when they happened.
+    seen = []
+
+    class Watching(AtomicBackend):
+        def remove(self, path):
+            seen.append((Path(path).name, sorted(file.name for file in Path(path).parent.glob("*.pth"))))
+            super().remove(path)
+
+    class Watch(Hook):
+        def before_train(self, runner):
+            (hook,) = [hook for hook in runner.hooks if isinstance(hook, CheckpointHook)]
+            assert type(hook) is SafeCheckpointHook
+            hook.file_backend = Watching()
+
+        def before_val_epoch(self, runner):
+            # Better and better, whatever was learned.
+            runner.val_loop.evaluator.evaluate = lambda size: {"accuracy/top1": -float(runner.epoch)}
+
+    tiny.train(config, Watch())
+    assert [gone for gone, _ in seen if gone.startswith("best")] == [
+        f"best_accuracy_top1_epoch_{n}.pth" for n in (1, 2, 3, 4)
+    ]
+    for gone, whole in seen:
+        number = int(gone.rpartition("_")[2].removesuffix(".pth"))
+        assert gone.replace(f"_{number}.", f"_{number + 1}.") in whole
+    left = {path.name for path in (tmp_path / "run").glob("*.pth")}
+    assert left == {f"epoch_{EPOCHS}.pth", f"best_accuracy_top1_epoch_{EPOCHS}.pth"}
+
+
+def test_losses_that_overflow_in_mixed_precision_are_skipped_ten_times():
+    def runner(loss, **wrapper):
+        scalars = {"train/loss": SimpleNamespace(current=lambda: loss)}
+        optim = SimpleNamespace(get_lr=lambda: {"lr": [0.1]}, **wrapper)
+        return SimpleNamespace(message_hub=SimpleNamespace(log_scalars=scalars), optim_wrapper=optim, iter=6)
+
+    watch, outputs = LossWatch(), {"loss": None}
+    for _ in range(OVERFLOWS):
+        watch.check(runner(float("inf"), loss_scaler=None), outputs)
+    watch.check(runner(1.0, loss_scaler=None), outputs)
+    for _ in range(OVERFLOWS):
+        watch.check(runner(float("nan"), loss_scaler=None), outputs)
+    with pytest.raises(BrokenTraining, match="in iteration 7: loss=nan"):
+        watch.check(runner(float("nan"), loss_scaler=None), outputs)
+    with pytest.raises(BrokenTraining, match=r"it is 0\.1"):
+        LossWatch().check(runner(float("inf")), outputs)
 
 
 def test_a_loss_that_is_not_a_number(images, tmp_path):

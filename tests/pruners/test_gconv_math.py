@@ -18,7 +18,7 @@ from prune_mm.pruners.gconv_math import (
     match_groups,
     taylor_scores,
 )
-from prune_mm.pruners.group_masks import allocate_groups, mask_of, orders_of_mask, random_order, shuffle_order
+from prune_mm.pruners.group_masks import allocate_groups, mask_of, orders_of_mask
 
 I8, J8 = np.meshgrid(np.arange(8), np.arange(8), indexing="ij")
 MATRICES = {
@@ -367,16 +367,6 @@ def test_more_groups_than_fit_a_byte():
     assert torch.equal(mask_of(outputs, inputs, 512), mask > 0)
 
 
-def test_orders_of_nets_trained_from_scratch():
-    assert shuffle_order(8, 2).tolist() == [0, 2, 4, 6, 1, 3, 5, 7]
-    assert shuffle_order(12, 3).tolist() == [0, 3, 6, 9, 1, 4, 7, 10, 2, 5, 8, 11]
-    assert sorted(random_order(12, 0).tolist()) == list(range(12))
-    assert random_order(12, 0).tolist() == random_order(12, 0).tolist() != random_order(12, 1).tolist()
-
-
-# -- errors -----------------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -408,5 +398,3 @@ def test_errors_of_the_helpers():
         kernel_norms_l2(torch.ones(4))
     with pytest.raises(ValueError, match="mask has shape"):
         allocate_groups(torch.ones(4))
-    with pytest.raises(ValueError, match="groups=3 does not divide 8 channels"):
-        shuffle_order(8, 3)
