@@ -387,6 +387,9 @@ def test_errors(arguments, words):
     assert words in str(caught.value)
 
 
+# -- errors -----------------------------------------------------------------------------------------------------------
+
+
 def test_errors_of_the_helpers():
     with pytest.raises(ValueError, match="out_perm of shape"):
         match_groups(np.ones((4, 4)), [0, 1, 1, 2], [0, 1, 2, 3], 2)
