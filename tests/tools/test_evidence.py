@@ -109,7 +109,7 @@ def measured(tiny_matrix, tmp_path_factory):
     folder = tmp_path_factory.mktemp("measured")
     words = (tiny_matrix, folder, "--only", "dense", "uniform@50", "--jobs", 2)
     first = start(*words)
-    wait_for(lambda: bool(list((folder / "work/tiny").glob("dense-*/train/epoch_1.pth"))))
+    wait_for(lambda: bool(list((folder / "work/tiny").glob("dense-*/train/last_checkpoint"))))
     begun = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit() and str(folder) in said_by(path)]
     first.process.kill()
     first.process.join()
@@ -148,7 +148,8 @@ def test_nothing_goes_on_behind_a_killed_command_and_the_next_call_does(measured
     folder, _, begun = measured
     assert begun
     log = next((folder / "work/tiny").glob("dense-*/log.txt")).read_text()
-    assert log.count("Saving checkpoint at 2 epochs") == 1
+    assert log.count("Saving checkpoint at 1 epochs") == 1, "the epoch that had been saved was not trained again"
+    assert "Saving checkpoint at 2 epochs" in log
     commands = next((folder / "work/tiny").glob("dense-*/commands.sh")).read_text()
     assert commands.count("tools/train.py") <= 2
 
