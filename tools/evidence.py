@@ -12,7 +12,7 @@ import fcntl
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from prune_mm.evidence.matrix import SPLITS, Matrix, Plan, plan_run
 from prune_mm.evidence.page import write_page
 from prune_mm.evidence.pool import Clock, Job, Pool
 from prune_mm.evidence.results import make_record, merge_results, read_results
-from prune_mm.evidence.steps import is_pretrained, run_folder
+from prune_mm.evidence.steps import is_dense_trained, is_pretrained, run_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -105,14 +105,19 @@ class Evidence:
         for plan in self.plans:
             if self.record(plan) is not None:
                 continue
-            first = None
+            needs = []
+            if plan.teacher is not None and not is_dense_trained(plan.teacher, self.args.work_dir):
+                needs.append(str(plan.teacher.run))
+                jobs.setdefault(needs[-1], self._job(plan.teacher, ()))
             if plan.starts_trained and not is_pretrained(plan, self.args.work_dir, self.args.split):
-                first = f"{plan.run.task}/pretrained-s{plan.run.seed}-{plan.pretrain_key}"
-                jobs.setdefault(first, Job(first, f"{plan.run.task}/pretrained", self._content(plan, "pretrain")))
-            jobs[str(plan.run)] = Job(
-                str(plan.run), f"{plan.run.task}/{plan.run.row}", self._content(plan, "run"), first
-            )
+                needs.append(f"{plan.run.task}/pretrained-s{plan.run.seed}-{plan.pretrain_key}")
+                kind = f"{plan.run.task}/pretrained"
+                jobs.setdefault(needs[-1], Job(needs[-1], kind, self._content(plan, "pretrain")))
+            jobs[str(plan.run)] = self._job(plan, needs)
         return list(jobs.values())
+
+    def _job(self, plan: Plan, needs: Iterable[str]) -> Job:
+        return Job(str(plan.run), f"{plan.run.task}/{plan.run.row}", self._content(plan, "run"), tuple(needs))
 
     def _content(self, plan: Plan, what: str) -> dict[str, Any]:
         return {
@@ -127,7 +132,8 @@ class Evidence:
 
     def run(self) -> dict[str, str]:
         """Run what is left; returns what failed."""
-        by_name = {str(plan.run): plan for plan in self.plans}
+        teachers = (plan.teacher for plan in self.plans if plan.teacher is not None)
+        by_name = {str(plan.run): plan for plan in (*self.plans, *teachers)}
 
         def ended(job: Job, found: Any, seconds: float) -> None:
             if job.content["what"] == "run":

@@ -17,6 +17,7 @@ from mmengine.dataset import BaseDataset
 from numpy.typing import NDArray
 from PIL import Image
 
+from prune_mm.datasets.distortion import distort
 from prune_mm.registry import DATASETS
 
 __all__ = ["SPLITS", "Digits", "split_indices"]
@@ -63,31 +64,53 @@ class Digits(BaseDataset):
     Args:
         split: ``train`` (516 images of 4 writers), ``val`` (399 of 3) or ``test`` (882 of 7).
         pipeline: transforms; the image is in ``img`` already.
+        distorted: turn, shear, shrink, dim, strike through and blur with noise (see
+            :mod:`prune_mm.datasets.distortion`): anew whenever an image to train with is read, and always the same
+            in the other splits.
+        copies: every image so many times, each distorted in its own way.
+        distortion_seed: of the images that are always the same.
         kwargs: arguments of MMEngine's ``BaseDataset``.
 
     Raises:
-        ValueError: for a split there is not, or without scikit-learn.
+        ValueError: for a split there is not, without copies, or without scikit-learn.
     """
 
     METAINFO = {"classes": CLASSES}  # noqa: RUF012 (MMEngine's name and type)
 
-    def __init__(self, split: str = "train", pipeline: Any = (), **kwargs: Any) -> None:
+    def __init__(
+        self,
+        split: str = "train",
+        pipeline: Any = (),
+        distorted: bool = False,
+        copies: int = 1,
+        distortion_seed: int = 0,
+        **kwargs: Any,
+    ) -> None:
         """See the class."""
-        self.split = split
+        self.split, self.distorted, self.copies, self.distortion_seed = split, distorted, copies, distortion_seed
         split_indices(split)
+        if copies < 1:
+            raise ValueError(f"copies={copies} must be at least 1")
         super().__init__(pipeline=list(pipeline), **kwargs)
 
     def load_data_list(self) -> list[dict[str, Any]]:
         """Images and labels of the split."""
         images, labels = _images()
-        # The three channels are one and the same: networks read colour images.
-        return [
-            {"img": np.repeat(images[index][..., None], 3, axis=2), "gt_label": int(labels[index])}
-            for index in split_indices(self.split)
-        ]
+        chosen = [index for _ in range(self.copies) for index in split_indices(self.split)]
+        grey = [images[index] for index in chosen]
+        if self.distorted and self.split != "train":
+            seeds = ([self.distortion_seed, number] for number in range(len(grey)))
+            grey = [distort(image, np.random.default_rng(seed)) for image, seed in zip(grey, seeds)]
+        return [{"img": image, "gt_label": int(labels[index])} for image, index in zip(grey, chosen)]
 
     def prepare_data(self, idx: int) -> Any:
         """One sample behind the transforms, told its size as if it had been read from a file."""
         sample = self.get_data_info(idx)
+        grey = sample["img"]
+        if self.distorted and self.split == "train":
+            # MMEngine seeds NumPy's own generator, in every worker.
+            grey = distort(grey, np.random.default_rng(np.random.randint(2**31)))
+        # The three channels are one and the same: networks read colour images.
+        sample["img"] = np.repeat(grey[..., None], 3, axis=2)
         sample["img_shape"] = sample["ori_shape"] = sample["img"].shape[:2]
         return self.pipeline(sample)

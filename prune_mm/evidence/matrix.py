@@ -138,6 +138,7 @@ class Plan:
         pretrain: of the dense training before it, or None.
         key: hash of all that decides the result.
         pretrain_key: the same of the dense training, which rows share.
+        teacher: the dense row of the same seed, when the config asks for ``{{dense}}``.
     """
 
     run: Run
@@ -145,6 +146,7 @@ class Plan:
     pretrain: Config | None
     key: str
     pretrain_key: str | None
+    teacher: Plan | None = None
 
     @property
     def recalibrate(self) -> int:
@@ -167,6 +169,7 @@ def plan_run(matrix: Matrix, run: Run, data_seed: int | None = None) -> Plan:
 
     A config is one of the first share of the matrix. For another one it may hold ``at_25 = dict(...)``: settings that
     are merged when 25 % of the MACs is the aim; without, the ``target`` of the pruner becomes ``dict(macs=share)``.
+    ``{{pretrained}}`` in it stands for the checkpoint that pruning starts from, ``{{dense}}`` for the dense row's.
 
     Args:
         matrix: where the config is.
@@ -193,7 +196,11 @@ def plan_run(matrix: Matrix, run: Run, data_seed: int | None = None) -> Plan:
         pretrain.setdefault("randomness", {})["seed"] = run.seed
         pretrain.custom_hooks = [{"type": "prune_mm.StopwatchHook"}]
     pretrain_key = None if pretrain is None else _hash(pretrain, run.seed)
-    return Plan(run, config, pretrain, _hash(config, run.seed, pretrain_key), pretrain_key)
+    teacher = None
+    if run.row != DENSE and "{{dense}}" in json.dumps(config.to_dict(), default=str):
+        teacher = plan_run(matrix, Run(run.task, DENSE, 100, run.seed), data_seed)
+    before = [pretrain_key, *([] if teacher is None else [teacher.key])]
+    return Plan(run, config, pretrain, _hash(config, run.seed, *before), pretrain_key, teacher)
 
 
 @lru_cache(maxsize=256)
@@ -220,6 +227,8 @@ def _reseed_data(config: Config, seed: int | None) -> None:
         return
     for split in ("train", "val", "test"):
         dataset = config[f"{split}_dataloader"].dataset
+        if dataset.get("distorted"):
+            dataset.distortion_seed = seed
         root = dataset.get("data_root")
         if dataset.get("make") is None or root is None:
             continue
@@ -240,19 +249,19 @@ def _hash(config: Config, *more: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def finetune_config(plan: Plan, artifact: Path, teacher: str | None, unused_epochs: int = 0) -> Config:
+def finetune_config(plan: Plan, artifact: Path, checkpoints: dict[str, str], unused_epochs: int = 0) -> Config:
     """The config that trains a compact model further.
 
     Args:
         plan: of the run.
         artifact: folder of the compact model.
-        teacher: dense checkpoint that ``{{pretrained}}`` stands for.
+        checkpoints: see :func:`filled`.
         unused_epochs: that the search left over: it ended early. They are added here, schedule included, so that every
             row trains for the same time.
     """
     stage = compact_config(plan.config)
     stage.model.checkpoint = str(artifact / "compact.pth")
-    stage.merge_from_dict(filled(plan.config.finetune.to_dict(), teacher))
+    stage.merge_from_dict(filled(plan.config.finetune.to_dict(), checkpoints))
     lengthen(stage, unused_epochs)
     return stage
 
@@ -267,10 +276,13 @@ def lengthen(config: Config, epochs: int) -> None:
                 scheduler[name] = before + epochs
 
 
-def filled(node: Any, checkpoint: str | None) -> Any:
-    """A copy of settings in which ``{{pretrained}}`` is the path of the dense checkpoint."""
+def filled(node: Any, checkpoints: dict[str, str]) -> Any:
+    """A copy of settings in which ``{{name}}`` is the path that ``checkpoints`` has for the name."""
     if isinstance(node, dict):
-        return {key: filled(value, checkpoint) for key, value in node.items()}
+        return {key: filled(value, checkpoints) for key, value in node.items()}
     if isinstance(node, (list, tuple)):
-        return type(node)(filled(value, checkpoint) for value in node)
-    return node.replace("{{pretrained}}", str(checkpoint)) if isinstance(node, str) else node
+        return type(node)(filled(value, checkpoints) for value in node)
+    if isinstance(node, str):
+        for name, path in checkpoints.items():
+            node = node.replace("{{" + name + "}}", path)
+    return node

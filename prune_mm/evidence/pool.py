@@ -31,13 +31,13 @@ class Job:
         name: for people, and what other jobs need.
         kind: jobs of one kind take about the same time.
         content: what the worker reads; with ``out`` it leaves a result there.
-        needs: name of a job that must have ended well before.
+        needs: names of jobs that must have ended well before.
     """
 
     name: str
     kind: str
     content: dict[str, Any]
-    needs: str | None = None
+    needs: tuple[str, ...] = ()
 
 
 @dataclass
@@ -135,7 +135,7 @@ class Pool:
         for job in list(waiting):
             if len(self._running) >= self.count:
                 return
-            if job.needs is None or job.needs in self._done or job.needs not in names | set(self.failed):
+            if not set(job.needs) & (names | set(self.failed)):
                 waiting.remove(job)
                 self._running.append(self._start(job))
 
@@ -174,9 +174,10 @@ class Pool:
 
     def _skip_what_cannot_be(self, waiting: list[Job]) -> None:
         for job in list(waiting):
-            if job.needs in self.failed:
+            lost = [name for name in job.needs if name in self.failed]
+            if lost:
                 waiting.remove(job)
-                self.failed[job.name] = f"{job.needs} failed"
+                self.failed[job.name] = f"{lost[0]} failed"
 
     def _left(self, waiting: list[Job]) -> str:
         kinds = [job.kind for job in waiting]

@@ -182,10 +182,20 @@ def is_pretrained(plan: Plan, work: Path, split: str) -> bool:
     return (pretrain_folder(work, plan) / "steps" / f"test_trained_{split}.json").is_file()
 
 
+def _train_dense(plan: Plan, work: Path) -> dict[str, Any]:
+    """The training of the dense row."""
+    return Bench(run_folder(work, plan)).train("train", plan.config)
+
+
+def is_dense_trained(plan: Plan, work: Path) -> bool:
+    """Whether that has been done."""
+    return (run_folder(work, plan) / "steps" / "train.json").is_file()
+
+
 def run_dense(plan: Plan, work: Path, split: str) -> dict[str, Any]:
     """The dense row: train and test."""
     bench = Bench(run_folder(work, plan))
-    trained = bench.train("train", plan.config)
+    trained = _train_dense(plan, work)
     final = bench.test("trained", plan.config, split, trained["checkpoint"])
     return _result(plan, bench, {"train": trained}, {"final": final}, None)
 
@@ -193,18 +203,21 @@ def run_dense(plan: Plan, work: Path, split: str) -> dict[str, Any]:
 def run_pruned(plan: Plan, work: Path, split: str) -> dict[str, Any]:
     """A method: (pre-train,) prune, export (, fine-tune, export), test; and what is left right after the cut."""
     bench, stages, metrics, start = Bench(run_folder(work, plan)), {}, {}, None
+    checkpoints: dict[str, str] = {}
+    if plan.teacher is not None:
+        checkpoints["dense"] = _train_dense(plan.teacher, work)["checkpoint"]
     if plan.starts_trained:
         before = pretrain(plan, work, split)
         stages["pretrain"], metrics["dense"] = before["trained"], before["metrics"]
-        start = before["trained"]["checkpoint"]
-    config = Config(filled(plan.config.to_dict(), start))
+        checkpoints["pretrained"] = start = before["trained"]["checkpoint"]
+    config = Config(filled(plan.config.to_dict(), checkpoints))
     config.load_from = start
     stages["train"] = trained = bench.train("train", config)
     path = bench.write_config("train", config)
     report, last = bench.export("artifact", path, trained["checkpoint"]), "artifact"
     if plan.config.get("finetune"):
         unused = config.train_cfg.max_epochs - trained["epochs"]
-        tuned = finetune_config(plan, bench.folder / "artifact", start, unused)
+        tuned = finetune_config(plan, bench.folder / "artifact", checkpoints, unused)
         stages["finetune"] = bench.train("finetune", tuned)
         report = bench.export("finetuned", bench.write_config("finetune", tuned), stages["finetune"]["checkpoint"])
         last = "finetuned"

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from prune_mm.graph import ChannelGraph
 from prune_mm.pruners.base import ChannelPruner, Decision, epoch_length
-from prune_mm.pruners.hinge_constants import carry_constants, needs_carrier, readers_of
+from prune_mm.pruners.hinge_constants import carried_by, carry_constants, needs_carrier
 from prune_mm.pruners.hinge_math import (
     INIT_METHODS,
     REGULARIZERS,
@@ -286,8 +286,8 @@ class Hinge(ChannelPruner):
     def _silence(self, module: nn.Module, decision: Decision) -> None:
         """Zero the groups that go, and let what they still emit reach the layers behind, in place.
 
-        Adds the kernels that carry it to the decision: what is emitted depends on running statistics, and those of
-        rank 0 are meant.
+        Adds the kernels and norms that carry it to the decision: what is emitted depends on running statistics, and
+        those of rank 0 are meant.
         """
         for unit in self.units:
             keep = decision[unit.name]
@@ -299,7 +299,7 @@ class Hinge(ChannelPruner):
                 decision[unit.name] = carry_constants(module, self._inputs, unit, keep)
         for unit in self.units:
             if self.carry and unit.prunes_outputs and not bool(decision[unit.name].all()):
-                for name in readers_of(module, unit):
+                for name in carried_by(module, unit):
                     decision[f"K:{name}"] = get_tensor(module, name).detach().clone()
 
     @torch.no_grad()

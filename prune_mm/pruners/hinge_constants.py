@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -31,6 +33,11 @@ def carry_constants(
     Exact also under zero padding, where no bias would be; where every reader has a bias and pads nothing, the biases
     take it, and no channel stays.
 
+    Batch norms give the channel that carries its constant as their shift, with a scale of zero: what it emits does not
+    change, and it stays a constant while the network trains on. With its scale, the gradient of its kernel, which is
+    zero, would be multiplied by the inverse root of a variance of nothing: the first step would throw it far away, and
+    what the network has learnt with it.
+
     Args:
         module: the scope.
         inputs: positional arguments of one call.
@@ -42,9 +49,13 @@ def carry_constants(
         ``keep``, with the channel that carries; unchanged when nothing is emitted, or not a constant.
     """
     emitted: list[tuple[Slot, nn.Module, Tensor, Tensor]] = []
-    for slot, seen in _seen_by_readers(module, inputs, unit):
+    readers, norms = _readers(module, unit), _batch_norms(module, unit)
+    seen = _inputs_of(module, inputs, [slot.module for slot in (*readers, *norms)])
+    for slot in readers:
+        if slot.module not in seen:
+            continue
         reader, removed = module.get_submodule(slot.module), ~slot.kept(keep)
-        values = seen.movedim(-1 if isinstance(reader, nn.Linear) else 1, 0).flatten(1).double().cpu()
+        values = seen[slot.module].movedim(-1 if isinstance(reader, nn.Linear) else 1, 0).flatten(1).double().cpu()
         constant = values.mean(dim=1)
         spread = (values.amax(dim=1) - values.amin(dim=1))[removed]
         if bool((spread > _CONSTANT * (1.0 + constant.abs().max())).any()):
@@ -66,9 +77,21 @@ def carry_constants(
         return keep
     for (_, reader, constant, removed), column in zip(loud, columns):
         carry_constant(reader, constant, removed, column)
+    for slot in norms:
+        if slot.module in seen:
+            at = (torch.tensor(slot.channels) == carrier).to(seen[slot.module].device)
+            _emit_by_shift(module.get_submodule(slot.module), seen[slot.module], at)
     kept = keep.clone()
     kept[carrier] = True
     return kept
+
+
+def _emit_by_shift(norm: nn.modules.batchnorm._BatchNorm, seen: Tensor, at: Tensor) -> None:
+    """Give some channels, which are constant, their constant as the shift and no scale, in place."""
+    found = seen.double().movedim(1, 0).flatten(1).mean(dim=1)
+    normalised = (found - norm.running_mean.double()) / torch.sqrt(norm.running_var.double() + norm.eps)
+    norm.bias[at] += (norm.weight.double() * normalised)[at].to(norm.bias.dtype)
+    norm.weight[at] = 0.0
 
 
 def _loudness(slot: Slot, constant: Tensor, channels: int) -> Tensor:
@@ -84,12 +107,14 @@ def _loudest(slot: Slot, constant: Tensor, channel: int) -> int:
     return int(torch.where(own, constant.abs(), -1.0).argmax())
 
 
-def readers_of(module: nn.Module, unit: HingeUnit) -> list[str]:
-    """Names of the kernels that read the channels of a unit, and of their biases."""
+def carried_by(module: nn.Module, unit: HingeUnit) -> list[str]:
+    """Names of what :func:`carry_constants` writes: kernels that read a unit's channels, their biases, and norms."""
     kernels = [slot.tensor for slot in _readers(module, unit)]
     present = dict(module.named_parameters())
     owners = [name.removesuffix("weight") for name in kernels]
-    return kernels + [name for owner in owners for name in (f"{owner}bias", f"{owner}pair.bias") if name in present]
+    biases = [name for owner in owners for name in (f"{owner}bias", f"{owner}pair.bias") if name in present]
+    norms = [slot.module for slot in _batch_norms(module, unit)]
+    return kernels + biases + [f"{norm}.{kind}" for norm in norms for kind in ("weight", "bias")]
 
 
 def _readers(module: nn.Module, unit: HingeUnit) -> list[Slot]:
@@ -103,15 +128,23 @@ def _readers(module: nn.Module, unit: HingeUnit) -> list[Slot]:
     return slots if plain and len(modules) == len(slots) else []
 
 
-def _seen_by_readers(module: nn.Module, inputs: tuple, unit: HingeUnit) -> list[tuple[Slot, Tensor]]:
-    """What every reader gets when the module runs once in eval mode."""
-    slots, seen, handles = _readers(module, unit), {}, []
-    for slot in slots:
-        handles.append(
-            module.get_submodule(slot.module).register_forward_pre_hook(
-                lambda _, args, name=slot.tensor: seen.update({name: args[0].detach().clone()})
-            )
+def _batch_norms(module: nn.Module, unit: HingeUnit) -> list[Slot]:
+    """Slots of the scales of batch norms behind the channels of a unit."""
+    slots = [slot for slot in unit.slots if slot.role == "scale"]
+    kinds = {slot: module.get_submodule(slot.module) for slot in slots}
+    norm = nn.modules.batchnorm._BatchNorm
+    return [slot for slot in slots if isinstance(kinds[slot], norm) and kinds[slot].running_mean is not None]
+
+
+def _inputs_of(module: nn.Module, inputs: tuple, names: Iterable[str]) -> dict[str, Tensor]:
+    """What modules inside get when the module runs once in eval mode; those it does not use are missing."""
+    seen: dict[str, Tensor] = {}
+    handles = [
+        module.get_submodule(name).register_forward_pre_hook(
+            lambda _, args, name=name: seen.update({name: args[0].detach().clone()})
         )
+        for name in names
+    ]
     device = next(module.parameters()).device
     try:
         with in_eval_mode(module):
@@ -119,4 +152,4 @@ def _seen_by_readers(module: nn.Module, inputs: tuple, unit: HingeUnit) -> list[
     finally:
         for handle in handles:
             handle.remove()
-    return [(slot, seen[slot.tensor]) for slot in slots if slot.tensor in seen]
+    return seen

@@ -7,6 +7,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from mmengine.runner import Runner
@@ -14,6 +16,7 @@ from mmengine.runner import Runner
 import prune_mm
 from prune_mm.datasets import digits
 from prune_mm.datasets.digits import SPLITS, WRITERS, Digits, split_indices
+from prune_mm.datasets.distortion import distort
 from prune_mm.registry import DATASETS
 
 pytest.importorskip("sklearn")
@@ -65,6 +68,49 @@ def test_the_same_in_every_call():
     first = digits._images()[0].copy()
     digits._images.cache_clear()
     assert np.array_equal(first, digits._images()[0])
+
+
+def test_distorted_images_to_judge_by_are_always_the_same():
+    plain, first, again = Digits("val"), *(Digits("val", distorted=True, copies=2) for _ in range(2))
+    assert len(first) == 2 * len(plain) == 798
+    for number in (0, 17, 398):
+        shown = first[number]["img"]
+        assert shown.shape == (32, 32, 3)
+        assert shown.dtype == np.uint8
+        assert np.array_equal(shown, again[number]["img"])
+        assert not np.array_equal(shown, plain[number]["img"])
+        copy = first[number + 399]
+        assert copy["gt_label"] == first[number]["gt_label"] == plain[number]["gt_label"]
+        assert not np.array_equal(shown, copy["img"])
+
+
+def test_other_seeds_distort_otherwise():
+    first, other = (Digits("val", distorted=True, distortion_seed=seed)[3]["img"] for seed in (0, 1))
+    assert not np.array_equal(first, other)
+
+
+def test_distorted_images_to_train_with_are_new_each_time_and_follow_the_seed():
+    data = Digits("train", distorted=True)
+    np.random.seed(5)
+    first, second = data[0]["img"], data[0]["img"]
+    np.random.seed(5)
+    assert np.array_equal(first, data[0]["img"])
+    assert not np.array_equal(first, second)
+
+
+@given(st.integers(0, 2**31), st.integers(0, 1796))
+@settings(max_examples=60, deadline=None)
+def test_a_digit_stays_in_the_picture(seed, index):
+    image = digits._images()[0][index]
+    found = distort(image, np.random.default_rng(seed))
+    assert (found.shape, found.dtype) == (image.shape, np.uint8)
+    # Smallest size and contrast, less what is pushed over the edge; strokes and noise only add.
+    assert float(found.sum()) > 0.6**2 * 0.4 * 0.5 * float(image.sum())
+
+
+def test_no_copies_are_refused():
+    with pytest.raises(ValueError, match="copies=0 must be at least 1"):
+        Digits("val", copies=0)
 
 
 def test_the_config_of_the_evidence_reads_batches():

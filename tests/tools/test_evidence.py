@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -25,7 +26,7 @@ from prune_mm.engine.compact import without_pretrained
 from prune_mm.engine.prunable import pruned_module
 from prune_mm.evidence.cells import Cells
 from prune_mm.evidence.curves import read_curve
-from prune_mm.evidence.matrix import Matrix, Run, filled, lengthen, plan_run
+from prune_mm.evidence.matrix import Matrix, Run, _read_config, filled, lengthen, plan_run
 from prune_mm.evidence.page import write_page
 from prune_mm.evidence.pool import Clock, Job, Pool
 from prune_mm.evidence.results import merge_results, read_results
@@ -248,9 +249,23 @@ def test_epochs_that_a_search_leaves_over_lengthen_the_schedule():
     assert config.param_scheduler[0].end == 12
 
 
-def test_the_teacher_is_filled_in():
-    settings = {"a": [{"b": "{{pretrained}}"}], "c": 1, "scale": (96, 96)}
-    assert filled(settings, "x.pth") == {"a": [{"b": "x.pth"}], "c": 1, "scale": (96, 96)}
+def test_checkpoints_are_filled_in():
+    settings = {"a": [{"b": "{{pretrained}}"}], "c": 1, "scale": (96, 96), "d": "{{dense}}"}
+    paths = {"pretrained": "x.pth", "dense": "y.pth"}
+    assert filled(settings, paths) == {"a": [{"b": "x.pth"}], "c": 1, "scale": (96, 96), "d": "y.pth"}
+
+
+def test_the_dense_row_teaches_and_is_part_of_the_key(tiny_matrix, tmp_path):
+    folder = tmp_path / "tiny"
+    folder.mkdir()
+    (folder / "uniform.py").write_text(UNIFORM + 'note = "{{dense}}"\n')
+    (folder / "dense.py").write_text(BASE)
+    matrix = Matrix.read(tmp_path / shutil.copy(tiny_matrix, tmp_path))
+    plan = plan_run(matrix, Run("tiny", "uniform", 50, 0))
+    assert plan.teacher == plan_run(matrix, Run("tiny", "dense", 100, 0))
+    (folder / "dense.py").write_text(BASE + "optim_wrapper = dict(optimizer=dict(lr=0.01))\n")
+    _read_config.cache_clear()
+    assert plan_run(matrix, Run("tiny", "uniform", 50, 0)).key != plan.key
 
 
 def test_cutting_needs_a_method_that_cuts_and_a_free_name(tmp_path):
@@ -268,7 +283,7 @@ def test_cutting_needs_a_method_that_cuts_and_a_free_name(tmp_path):
 # -- the pool ----------------------------------------------------------------------------------------------------------
 
 
-def job(name: str, needs: str | None = None) -> Job:
+def job(name: str, *needs: str) -> Job:
     return Job(name, "kind", {}, needs)
 
 
@@ -292,7 +307,8 @@ def test_jobs_wait_for_what_they_need_and_fall_with_it(monkeypatch, tmp_path):
     fake_worker(monkeypatch, tmp_path, code)
     ended: list[str] = []
     pool = Pool(tmp_path / "jobs", 2, Clock(), lambda one, found, seconds: ended.append(one.name))
-    jobs = [job("second", "first"), job("first"), job("lost", "broken"), job("broken"), job("free", "done before")]
+    lost = job("lost", "first", "broken")
+    jobs = [job("second", "first"), job("first"), lost, job("broken"), job("free", "done before")]
     assert pool.run(jobs) == []
     assert ended.index("first") < ended.index("second")
     assert set(ended) == {"first", "second", "free"}

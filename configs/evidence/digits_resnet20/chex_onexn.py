@@ -1,9 +1,9 @@
 # A composition: CHEX to a larger share of the MACs, and when its exploration is over 1xN on what it left.
 _base_ = "./chex.py"
 
-chex = dict(type="CHEX", initial_regrow=0.3, interval=2, end=20, round_to=1)
-onexn = dict(type="OneByN", n=4, kernels="all", rearrange=True)
-model = dict(pruner=[dict(chex, target=dict(macs=0.7)), dict(onexn, rate=0.29)])
-at_25 = dict(model=dict(pruner=[dict(chex, target=dict(macs=0.5)), dict(onexn, rate=0.51)]))
+chex = dict(type="CHEX", initial_regrow=0.4, interval=4, end=20, min_channels=2, prune_shortcuts=False, round_to=1)
+onexn = dict(type="OneByN", n=2, kernels="all", rearrange=True)
+model = dict(pruner=[dict(chex, target=dict(macs=0.7)), dict(onexn, rate=0.335)])
+at_25 = dict(model=dict(pruner=[dict(chex, target=dict(macs=0.5)), dict(onexn, rate=0.58)]))
 train_cfg = dict(val_interval=40)
 default_hooks = dict(checkpoint=dict(interval=5, max_keep_ckpts=1))

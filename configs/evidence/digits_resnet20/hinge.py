@@ -1,6 +1,7 @@
 # Hinge: the dense network trains for half of the epochs; then matrices behind its convolutions shrink, at a hundred
-# times the learning rate of the weights as published, for at most 8 epochs; the compact model trains on, also for the
-# epochs that the search left over. The strength is far larger than published, as there are far fewer iterations.
+# times the learning rate of the weights as published, for at most 4 epochs; the compact model trains on, also for the
+# epochs that the search left over. The strength is far larger than published, as there are far fewer iterations; the
+# learning rate afterwards is small, as kernels that shrank turn fast.
 _base_ = "../_base_/digits_resnet20.py"
 
 model = dict(
@@ -8,13 +9,7 @@ model = dict(
     type="prune_mm.PrunableModel",
     model=_base_.model,
     pruner=dict(
-        type="Hinge",
-        target=dict(macs=0.5),
-        strength=0.08,
-        threshold=0.1,
-        min_share=0.05,
-        layer_balancing=True,
-        same_ratio=True,
+        type="Hinge", target=dict(macs=0.5), strength=0.1, threshold=0.1, layer_balancing=True, same_ratio=True
     ),
     scope="backbone",
     input_size=32,
@@ -22,19 +17,16 @@ model = dict(
 custom_hooks = [dict(type="prune_mm.PruningHook")]
 
 pretrain = dict(_base_.half, optim_wrapper=dict(optimizer=dict(lr=0.05)))
-train_cfg = dict(max_epochs=8, val_interval=8)
-optim_wrapper = dict(
-    optimizer=dict(lr=4e-3),
-    paramwise_cfg=dict(custom_keys={".pair.weight": dict(lr_mult=100)}),
-)
+train_cfg = dict(max_epochs=4, val_interval=4)
+optim_wrapper = dict(optimizer=dict(lr=1e-3), paramwise_cfg=dict(custom_keys={".pair.weight": dict(lr_mult=100)}))
 param_scheduler = []
 default_hooks = dict(checkpoint=dict(interval=1))
 finetune = dict(
-    train_cfg=dict(max_epochs=12, val_interval=12),
-    optim_wrapper=dict(optimizer=dict(lr=0.025), paramwise_cfg=None),
+    train_cfg=dict(max_epochs=16, val_interval=16),
+    optim_wrapper=dict(optimizer=dict(lr=0.01), paramwise_cfg=None),
     param_scheduler=[
         dict(type="LinearLR", start_factor=0.1, by_epoch=False, begin=0, end=20),
-        dict(type="CosineAnnealingLR", eta_min=1e-4, by_epoch=True, convert_to_iter_based=True, end=12, T_max=12),
+        dict(type="CosineAnnealingLR", eta_min=1e-4, by_epoch=True, convert_to_iter_based=True, end=16, T_max=16),
     ],
 )
 recalibrate = 20
