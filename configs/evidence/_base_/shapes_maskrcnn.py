@@ -7,7 +7,7 @@ classes = ("circle", "crescent", "cross", "square", "star", "triangle")
 shapes = dict(
     data_root="data/shapes_hard",
     make=dict(
-        train=600,
+        train=400,
         val=150,
         test=300,
         size=96,
@@ -24,11 +24,13 @@ model = dict(
     neck=dict(in_channels=[32, 64, 128, 256]),
     rpn_head=dict(anchor_generator=dict(scales=[3])),
     roi_head=dict(
-        bbox_roi_extractor=dict(roi_layer=dict(sampling_ratio=2)),
+        bbox_roi_extractor=dict(roi_layer=dict(sampling_ratio=1)),
         bbox_head=dict(num_classes=6),
-        mask_roi_extractor=dict(roi_layer=dict(sampling_ratio=2)),
+        mask_roi_extractor=dict(roi_layer=dict(sampling_ratio=1)),
         mask_head=dict(num_classes=6),
     ),
+    train_cfg=dict(rpn_proposal=dict(nms_pre=100, max_per_img=50), rcnn=dict(sampler=dict(num=32))),
+    test_cfg=dict(rpn=dict(nms_pre=100, max_per_img=50)),
 )
 test_pipeline = [
     dict(type="LoadImageFromFile"),
