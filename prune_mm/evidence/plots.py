@@ -87,7 +87,8 @@ def draw_curves(cells: Cells, task: Task, folder: Path) -> Path | None:
     if not shown:
         return None
     plt = _pyplot()
-    figure, axes = plt.subplots(3, len(shown), figsize=(5.2 * len(shown), 7), sharex="col", squeeze=False)
+    size = (5.2 * len(shown), 7.6)
+    figure, axes = plt.subplots(3, len(shown), figsize=size, sharex="col", squeeze=False, layout="constrained")
     for column, (label, curve) in zip(axes.T, shown):
         _draw_curve(column, label, curve, task.metrics[0])
     path = _save(figure, folder / f"{task.name}_curves.png")
@@ -101,6 +102,7 @@ def _draw_curve(axes: Any, label: str, curve: dict[str, Any], metric: str) -> No
     length = max(curve["iters_per_epoch"], 1)
     loss.plot([step / length for step, _ in curve["loss"]], [value for _, value in curve["loss"]], lw=0.9, color="0.25")
     loss.set(title=label, ylabel="training loss", yscale="log")
+    _plain_ticks(loss, 10, (1.0, 2.0, 5.0))
     dots = [(epoch, points(metric, values[metric])) for epoch, values in curve["val"] if metric in values]
     if dots:
         val.plot(*zip(*dots), marker=".", lw=1, color="tab:red")
@@ -117,5 +119,15 @@ def _draw_curve(axes: Any, label: str, curve: dict[str, Any], metric: str) -> No
             for axis in axes:
                 axis.axvline(begin, color="0.6", lw=0.6, ls=":")
         allocation.set_yscale("log", base=2)
+        _plain_ticks(allocation, 2, (1.0,))
         allocation.set(ylabel=f"{moved['kind']} per layer (dark: first)")
     allocation.set(xlabel="epoch")
+
+
+def _plain_ticks(axis: Any, base: float, subs: tuple[float, ...]) -> None:
+    """Ticks of a logarithmic axis as plain numbers."""
+    from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
+
+    axis.yaxis.set_major_locator(LogLocator(base, subs))
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_formatter(ScalarFormatter())

@@ -1,10 +1,10 @@
-# MobileNetV2, shown the digits at 64x64: its strides are for large images.
+# MobileNetV2 of half width, shown the digits at 64x64: its strides are for large images.
 _base_ = "./digits.py"
 
 custom_imports = dict(imports=["prune_mm"], allow_failed_imports=False)
 model = dict(
     type="ImageClassifier",
-    backbone=dict(type="MobileNetV2"),
+    backbone=dict(type="MobileNetV2", widen_factor=0.5),
     neck=dict(type="GlobalAveragePooling"),
     head=dict(type="LinearClsHead", num_classes=10, in_channels=1280, loss=dict(type="CrossEntropyLoss"), topk=(1,)),
 )

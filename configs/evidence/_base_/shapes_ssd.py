@@ -1,7 +1,7 @@
 # A small SSD (ResNet-18 of half width, cut after layer3, stride 1 there) on the same images as the Mask R-CNN.
 _base_ = "../../_base_/demo_ssd_r18.py"
 
-classes = ("circle", "crescent", "cross", "square", "star", "triangle")
+classes = ("circle", "cross", "square", "triangle")
 shapes = dict(
     data_root="data/shapes_hard",
     make=dict(
@@ -9,12 +9,12 @@ shapes = dict(
         val=150,
         test=300,
         size=96,
-        max_objects=4,
+        max_objects=3,
         classes=classes,
-        clutter=4,
-        occluders=2,
-        occlusion=0.5,
-        min_radius=6.0,
+        clutter=1,
+        occluders=1,
+        occlusion=0.3,
+        min_radius=7.0,
     ),
 )
 model = dict(
@@ -22,7 +22,7 @@ model = dict(
     neck=dict(in_channels=(128,), out_channels=(128, 128, 128, 64)),
     bbox_head=dict(
         in_channels=(128, 128, 128, 64),
-        num_classes=6,
+        num_classes=4,
         anchor_generator=dict(input_size=96, min_sizes=[12, 22, 36, 54], max_sizes=[22, 36, 54, 80]),
     ),
 )

@@ -11,7 +11,7 @@ model = dict(
         target=dict(macs=0.5),
         strength=0.12,
         threshold=0.03,
-        min_share=0.05,
+        min_share=0.1,
         layer_balancing=True,
         same_ratio=True,
     ),

@@ -5,7 +5,16 @@ model = dict(
     _delete_=True,
     type="prune_mm.PrunableModel",
     model=_base_.model,
-    pruner=dict(type="CHEX", target=dict(macs=0.5), initial_regrow=0.3, interval=1, end=21, round_to=1),
+    pruner=dict(
+        type="CHEX",
+        target=dict(macs=0.5),
+        initial_regrow=0.3,
+        interval=2,
+        end=18,
+        min_channels=4,
+        prune_shortcuts=False,
+        round_to=1,
+    ),
     scope="backbone",
     input_size=96,
 )
