@@ -20,6 +20,8 @@ from prune_mm.evidence.matrix import DENSE, Matrix, Task
 from prune_mm.files import write_text_atomically
 
 NOT_RUN = "not run"
+#: Written by people, beside the raw results: causes, and the experiments that show them.
+FINDINGS = "findings.md"
 _INTRODUCTION = """# What the methods keep
 
 Made by `make evidence` (`tools/evidence.py`) from the raw numbers in [`results/`](results/); every number can be made
@@ -65,6 +67,9 @@ def write_page(matrix: Matrix, docs: Path, split: str, data_seed: int | None = N
 
     cells = Cells(matrix, docs / "results", split, data_seed)
     parts = [_INTRODUCTION, *_notes(cells, split, data_seed), "## The claims\n", _claims(cells)]
+    findings = docs / "results" / FINDINGS
+    if findings.is_file():
+        parts.append(f"\n{findings.read_text()}")
     for task in matrix.tasks:
         parts += [f"\n## {task.title}\n", *_task(cells, task)]
         if image := draw_tradeoff(cells, task, docs / "results"):

@@ -175,6 +175,15 @@ def test_the_page_says_what_was_not_run(measured):
     assert "(1)" in next(line for line in page.splitlines() if line.startswith("| UniformL1") and "1 + 1" in line)
 
 
+def test_what_people_found_is_on_the_page(measured, tiny_matrix):
+    folder, _, _ = measured
+    note = folder / "docs/results/findings.md"
+    note.write_text("## What was found\n\nThe cause.\n")
+    evidence(tiny_matrix, folder, "--render")
+    page = (folder / "docs/results.md").read_text()
+    assert page.index("## The claims") < page.index("The cause.") < page.index("## Tiny digits")
+
+
 def test_what_was_run_is_not_run_again(measured, tiny_matrix):
     folder, _, _ = measured
     before = (folder / "docs/results/tiny.json").read_bytes()

@@ -14,6 +14,6 @@ custom_hooks = [dict(type="prune_mm.PruningHook")]
 
 pretrain = dict(_base_.half, optim_wrapper=dict(optimizer=dict(lr=2e-3)))
 train_cfg = dict(max_epochs=16, val_interval=16)
-optim_wrapper = dict(optimizer=dict(lr=1e-3))
+optim_wrapper = dict(optimizer=dict(lr=2e-3))
 param_scheduler = _base_.half["param_scheduler"]
 recalibrate = 40
