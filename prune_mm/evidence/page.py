@@ -34,8 +34,8 @@ and `work_dirs/evidence/<task>/<run>/commands.sh` lists the commands of each.
   + 300 generated images of 96x96 with four classes, clutter, strokes across the objects, and objects of 14 pixels on.
   They are small on purpose: everything runs in minutes on a processor. They rank methods at this scale; they do not
   replace ImageNet or COCO.
-* **Networks** have half their usual width: of a full-width ResNet-20 on plain digits, random channels at 25 % of the MACs
-  ended within a point of the dense network (95.7 and 96.5 % on the validation split, one seed).
+* **Networks** have half their usual width: of a full-width ResNet-20 on plain digits, random channels at 25 % of the
+  MACs ended within a point of the dense network (95.7 and 96.5 % on the validation split, one seed).
 * **The same for all.** Every row trains for the same number of epochs in all, dense too: methods that prune trained
   weights spend the first half on those (shared by all such rows of a seed). MACs and parameters are those of the
   backbone's compact form, counted by one program. What is tested is the exported artifact.
