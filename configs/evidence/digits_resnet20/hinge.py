@@ -1,5 +1,5 @@
 # Hinge: the dense network trains for half of the epochs; then matrices behind its convolutions shrink, at the
-# published learning rate of 0.1, for at most 4 epochs; the compact model trains on, also for epochs that were left over.
+# published learning rate of 0.1, for at most 4 epochs; the compact model trains on, also for epochs left over.
 # As these are few, weights learn on meanwhile, at a fifth of that rate instead of a hundredth, and the strength is far
 # larger than published. The learning rate afterwards is small, as kernels that shrank turn fast.
 _base_ = "../_base_/digits_resnet20.py"
