@@ -103,9 +103,8 @@ def _notes(cells: Cells, split: str, data_seed: int | None) -> Iterator[str]:
 
 def _machine(record: dict) -> str:
     machine, versions = record["machine"], record["versions"]
-    return (
-        f"{machine['cpu']}, {machine['cores']} cores, {record['jobs']} runs side by side, torch {versions.get('torch')}"
-    )
+    jobs = f"{record['jobs']} run{'s' if record['jobs'] > 1 else ''} at a time"
+    return f"{machine['cpu']}, {machine['cores']} cores, {jobs} for each command, torch {versions.get('torch')}"
 
 
 # -- claims ------------------------------------------------------------------------------------------------------------
