@@ -64,7 +64,7 @@ class Digits(BaseDataset):
     Args:
         split: ``train`` (516 images of 4 writers), ``val`` (399 of 3) or ``test`` (882 of 7).
         pipeline: transforms; the image is in ``img`` already.
-        distorted: turn, shear, shrink, dim, strike through and blur with noise (see
+        distorted: turn, shear, shrink, dim, strike through and add noise (see
             :mod:`prune_mm.datasets.distortion`): anew whenever an image to train with is read, and always the same
             in the other splits.
         copies: every image so many times, each distorted in its own way.

@@ -10,7 +10,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from pruners.float64 import close, randn
+from torch import nn
 from torch.nn import functional as F
 
 from prune_mm.pruners.hinge_math import (
@@ -37,16 +38,6 @@ from prune_mm.structures.pair import merging_is_cheaper
 
 SETTINGS = settings(max_examples=60, deadline=None, derandomize=True)
 NAMES = ("l1", "l1-2", "l1d2", "logsum", "l0")
-
-
-def randn(seed: int, *shape: int) -> Tensor:
-    return torch.from_numpy(np.random.RandomState(seed).randn(*shape))
-
-
-def close(found: Tensor, expected: list, digits: float = 1e-9) -> bool:
-    expected = torch.tensor(expected, dtype=torch.float64)
-    assert found.shape == expected.shape
-    return bool(((found - expected).abs() <= digits).all())
 
 
 class TestProximalOperators:

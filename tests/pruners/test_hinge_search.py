@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pruners.float64 import close
 from torch import Tensor
 
 from prune_mm.pruners.hinge_math import (
@@ -23,16 +24,6 @@ from prune_mm.pruners.hinge_math import (
 from prune_mm.pruners.hinge_search import best_threshold, published_threshold
 
 SETTINGS = settings(max_examples=60, deadline=None, derandomize=True)
-
-
-def randn(seed: int, *shape: int) -> Tensor:
-    return torch.from_numpy(np.random.RandomState(seed).randn(*shape))
-
-
-def close(found: Tensor, expected: list, digits: float = 1e-9) -> bool:
-    expected = torch.tensor(expected, dtype=torch.float64)
-    assert found.shape == expected.shape
-    return bool(((found - expected).abs() <= digits).all())
 
 
 class TestThresholdSearch:

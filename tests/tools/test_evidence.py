@@ -277,6 +277,14 @@ def test_the_dense_row_teaches_and_is_part_of_the_key(tiny_matrix, tmp_path):
     assert plan_run(matrix, Run("tiny", "uniform", 50, 0)).key != plan.key
 
 
+def test_another_data_seed_distorts_digits_otherwise():
+    matrix, run = Matrix.read(MATRIX), Run("digits_resnet20", "uniform", 50, 0)
+    usual, other = plan_run(matrix, run), plan_run(matrix, run, data_seed=7)
+    assert [other.config[f"{split}_dataloader"].dataset.distortion_seed for split in ("val", "test")] == [7, 7]
+    assert "distortion_seed" not in usual.config.test_dataloader.dataset
+    assert other.pretrain_key != usual.pretrain_key
+
+
 def test_cutting_needs_a_method_that_cuts_and_a_free_name(tmp_path):
     folder, dense = ROOT / "configs/evidence/digits_resnet20", tmp_path / "dense.pth"
     init_default_scope("mmpretrain")
