@@ -19,9 +19,10 @@ from mmengine.config import Config
 from mmengine.logging import MMLogger
 from rich.progress import track
 
-from prune_mm.engine.exporter import build_prunable, compact_config, dense_config
+from prune_mm.engine.exporter import build_prunable
 from prune_mm.engine.launch import run_tool
 from prune_mm.engine.prunable import image_size
+from prune_mm.engine.stages import compact_config, dense_config
 from prune_mm.files import write_text_atomically
 from prune_mm.pruners import GConvPrune, Hinge, Pruner
 

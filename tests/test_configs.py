@@ -9,8 +9,8 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 
 from prune_mm.engine.compact import without_pretrained
-from prune_mm.engine.exporter import compact_config, dense_config
 from prune_mm.engine.launch import check_data
+from prune_mm.engine.stages import compact_config, dense_config
 from prune_mm.registry import MODELS
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -25,13 +25,12 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 from mmengine.config import Config
 
 from prune_mm.engine.distillation import hook_of
-from prune_mm.engine.exporter import compact_config, dense_config
 from prune_mm.engine.launch import add_common_arguments, check_data, load_config, run_tool
+from prune_mm.engine.stages import dense_config, filled, finetune_config
 from prune_mm.engine.training_options import check_training_options
 from prune_mm.files import write_text_atomically
 
@@ -118,22 +117,9 @@ def check_placeholder(config: Config) -> None:
             raise ValueError(f"{name} mentions {PRETRAINED}, but the config has neither 'pretrain' nor 'load_from'")
 
 
-def filled(node: Any, checkpoint: str | None) -> Any:
-    """A copy of settings in which ``{{pretrained}}`` is the path of the dense checkpoint."""
-    if isinstance(node, dict):
-        return {key: filled(value, checkpoint) for key, value in node.items()}
-    if isinstance(node, (list, tuple)):
-        return [filled(value, checkpoint) for value in node]
-    return node.replace(PRETRAINED, str(checkpoint)) if isinstance(node, str) else node
-
-
 def finetune(args: argparse.Namespace, config: Config, artifact: Path, work: Path, start: str | None) -> Path:
     """Train the compact model further; its weights replace those in a second artifact folder."""
-    stage = compact_config(config)
-    stage.model.checkpoint = str(artifact / "compact.pth")
-    if config.get("teacher") and "DistillationHook" not in str(config.finetune):
-        stage.teacher = config.teacher
-    stage.merge_from_dict(filled(config.finetune.to_dict(), start or config.get("load_from")))
+    stage = finetune_config(config, artifact, {"pretrained": start or config.get("load_from")})
     path, folder = work / "finetune.py", work / "finetune"
     write_text_atomically(path, stage.pretty_text + "\n")
     run(*launched(args, "train.py", str(path), "--work-dir", str(folder), *options(args)))
@@ -161,7 +147,7 @@ def main() -> None:
     write_text_atomically(resolved, config.pretty_text + "\n")
     start, dense = pretrain(args, config, work) if config.get("pretrain") else (None, None)
     if config.get("teacher"):
-        config.teacher = filled(config.teacher.to_dict(), start or config.get("load_from"))
+        config.teacher = filled(config.teacher.to_dict(), {"pretrained": start or config.get("load_from")})
         write_text_atomically(resolved, config.pretty_text + "\n")
     artifact, masked = train_and_export(args, str(resolved), work, start)
     if config.get("finetune"):

@@ -9,12 +9,14 @@ from prune_mm.engine.prunable import prunable_model
 from prune_mm.engine.reading import guard_mmengine
 from prune_mm.engine.recalibrate import RecalibrateBN
 from prune_mm.engine.safety import SafetyHook, add_safety
+from prune_mm.engine.stopwatch import StopwatchHook
 
 __all__ = [
     "DistillationHook",
     "PruningHook",
     "RecalibrateBN",
     "SafetyHook",
+    "StopwatchHook",
     "add_safety",
     "compact_model",
     "prunable_model",

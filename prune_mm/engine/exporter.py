@@ -26,6 +26,7 @@ from prune_mm.engine.prunable import pruned_module, with_preprocessor
 from prune_mm.engine.reading import read_checkpoint
 from prune_mm.engine.recalibrate import recalibrate_by_config
 from prune_mm.engine.scope import get_scope, scope_inputs, scope_positions
+from prune_mm.engine.stages import compact_config
 from prune_mm.export.compact_file import CompactFile
 from prune_mm.export.law import check_law, largest_difference, outputs_of
 from prune_mm.graph import count_gathers
@@ -37,8 +38,6 @@ from prune_mm.structures.plan import count_macs
 ARTIFACT_FILES = ("compact.pth", "model.safetensors", "config.py", "plan.json", "report.json")
 #: What else may be in an artifact's folder and is replaced with it.
 EXTRA_FILES = ("report.html", "model.onnx", "__pycache__")
-#: Settings of a training that are not those of a model made by it.
-_OF_PRUNING = ("work_dir", "finetune", "pretrain", "launcher", "teacher")
 
 
 def export(
@@ -301,42 +300,6 @@ def _gathers(plan: Plan) -> dict[str, Any]:
 
 def _parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def dense_config(config: Config) -> Config:
-    """The training config as a config of the dense model: resolved, and without pruning."""
-    resolved = copy.deepcopy(config)
-    resolved.model = copy.deepcopy(config.model.model)
-    resolved.custom_hooks = _other_hooks(config)
-    for key in _OF_PRUNING:
-        resolved.pop(key, None)
-    return resolved
-
-
-def _other_hooks(config: Config) -> list:
-    """Hooks that have nothing to do with pruning, or with files outside an artifact."""
-    ours = ("PruningHook", "DistillationHook", "RecalibrateBN")
-    return [hook for hook in config.get("custom_hooks") or [] if str(hook.get("type")).rpartition(".")[2] not in ours]
-
-
-def compact_config(config: Config) -> Config:
-    """The training config as a config of the compact model: resolved, and without the search."""
-    resolved = copy.deepcopy(config)
-    dense = without_pretrained(config.model.model)
-    resolved.model = {
-        "type": "prune_mm.CompactModel",
-        "model": dense,
-        "checkpoint": "{{ fileDirname }}/compact.pth",
-        "backbone": {},
-    }
-    resolved.custom_hooks = _other_hooks(config)
-    imports = config.get("custom_imports") or {"imports": []}
-    names = imports["imports"] if isinstance(imports["imports"], (list, tuple)) else [imports["imports"]]
-    resolved.custom_imports = {"imports": list(dict.fromkeys([*names, "prune_mm"])), "allow_failed_imports": False}
-    resolved.load_from, resolved.resume = None, False
-    for key in _OF_PRUNING:
-        resolved.pop(key, None)
-    return resolved
 
 
 def _plain(value: Any) -> Any:

@@ -13,11 +13,13 @@ from mmengine.config import Config
 from prune_mm.engine.checkpoint import state_dict_of
 from prune_mm.engine.reading import read_checkpoint
 
+#: Validations that make a curve.
+_FEWEST = 2
 _MASKS, _LEVELS, _ORDERS = "pruner.masks.", "pruner.levels", "pruner.perms.out:"
 
 
 def read_curve(folder: Path, config: Config) -> dict[str, Any] | None:
-    """Curves of a training that was validated after each epoch; None of another one.
+    """Curves of a training that was validated several times on its way; None of another one.
 
     Checkpoints of earlier epochs are removed when they have been read.
 
@@ -25,7 +27,8 @@ def read_curve(folder: Path, config: Config) -> dict[str, Any] | None:
         ``loss``: ``[iteration, loss]`` pairs; ``val``: ``[epoch, metrics]`` pairs; ``iters_per_epoch``;
         ``allocation``: layer names and ``[epoch, values]`` pairs, live channels or numbers of groups (``kind``).
     """
-    if config.train_cfg.get("val_interval") != 1 or not config.train_cfg.get("max_epochs"):
+    interval, epochs = config.train_cfg.get("val_interval"), config.train_cfg.get("max_epochs")
+    if not interval or not epochs or epochs // interval < _FEWEST:
         return None
     loss: dict[int, float] = {}
     val: dict[int, dict[str, float]] = {}

@@ -14,8 +14,6 @@ from typing import Any
 
 from mmengine.config import Config
 
-from prune_mm.engine.exporter import compact_config
-
 #: Raise it whenever the same config and seed would give another result: cached runs are then made again.
 FORMAT = 1
 DENSE = "dense"
@@ -249,23 +247,6 @@ def _hash(config: Config, *more: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def finetune_config(plan: Plan, artifact: Path, checkpoints: dict[str, str], unused_epochs: int = 0) -> Config:
-    """The config that trains a compact model further.
-
-    Args:
-        plan: of the run.
-        artifact: folder of the compact model.
-        checkpoints: see :func:`filled`.
-        unused_epochs: that the search left over: it ended early. They are added here, schedule included, so that every
-            row trains for the same time.
-    """
-    stage = compact_config(plan.config)
-    stage.model.checkpoint = str(artifact / "compact.pth")
-    stage.merge_from_dict(filled(plan.config.finetune.to_dict(), checkpoints))
-    lengthen(stage, unused_epochs)
-    return stage
-
-
 def lengthen(config: Config, epochs: int) -> None:
     """Add epochs to a training, in place; schedulers that end with it end with it again."""
     before = config.train_cfg.max_epochs
@@ -274,15 +255,3 @@ def lengthen(config: Config, epochs: int) -> None:
         for name in ("end", "T_max"):
             if scheduler.get("by_epoch", True) and scheduler.get(name) == before:
                 scheduler[name] = before + epochs
-
-
-def filled(node: Any, checkpoints: dict[str, str]) -> Any:
-    """A copy of settings in which ``{{name}}`` is the path that ``checkpoints`` has for the name."""
-    if isinstance(node, dict):
-        return {key: filled(value, checkpoints) for key, value in node.items()}
-    if isinstance(node, (list, tuple)):
-        return type(node)(filled(value, checkpoints) for value in node)
-    if isinstance(node, str):
-        for name, path in checkpoints.items():
-            node = node.replace("{{" + name + "}}", path)
-    return node

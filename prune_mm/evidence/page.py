@@ -39,6 +39,9 @@ and `work_dirs/evidence/<task>/<run>/commands.sh` lists the commands of each.
 * **The same for all.** Every row trains for the same number of epochs in all, dense too: methods that prune trained
   weights spend the first half on those (shared by all such rows of a seed). MACs and parameters are those of the
   backbone's compact form, counted by one program. What is tested is the exported artifact.
+* **Learning rates.** A row that is pruned half way starts its schedule again there, and a restart alone can be worth
+  more than a method. ResNets have one cosine over all epochs where nothing is cut half way; MobileNetV2, Mask R-CNN and
+  SSD have two cycles, the dense network and CHEX too.
 * **Hyper-parameters** are in the configs and were chosen on the validation split (`--split val`); the test split was
   used for nothing but this page.
 * **Spread.** Mean ± standard error over seeds (n). A seed changes the initial weights, the order of images,
@@ -82,8 +85,8 @@ def write_page(matrix: Matrix, docs: Path, split: str, data_seed: int | None = N
     return page
 
 
-_CURVES = """Exploration while training, first seed, 50 %: loss, accuracy on the validation split after each epoch, and
-what each layer has (live channels of its width; number of groups). Dotted lines are updates of the allocation."""
+_CURVES = """Exploration while training, first seed, 50 %: loss, the metric on the validation split, and what each
+layer has (live channels of its width; number of groups). Dotted lines are updates of the allocation."""
 
 
 def _notes(cells: Cells, split: str, data_seed: int | None) -> Iterator[str]:

@@ -22,9 +22,10 @@ from typing import Any
 from mmengine.config import Config
 
 from prune_mm.engine.launch import latest_checkpoint
+from prune_mm.engine.stages import filled, finetune_config
 from prune_mm.engine.stopwatch import FILE as STOPWATCH
 from prune_mm.evidence.curves import read_curve
-from prune_mm.evidence.matrix import Plan, filled, finetune_config
+from prune_mm.evidence.matrix import Plan, lengthen
 from prune_mm.files import write_text_atomically
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
@@ -217,7 +218,9 @@ def run_pruned(plan: Plan, work: Path, split: str) -> dict[str, Any]:
     report, last = bench.export("artifact", path, trained["checkpoint"]), "artifact"
     if plan.config.get("finetune"):
         unused = config.train_cfg.max_epochs - trained["epochs"]
-        tuned = finetune_config(plan, bench.folder / "artifact", checkpoints, unused)
+        tuned = finetune_config(plan.config, bench.folder / "artifact", checkpoints)
+        # Epochs that the search left over, so that every row trains for the same time.
+        lengthen(tuned, unused)
         stages["finetune"] = bench.train("finetune", tuned)
         report = bench.export("finetuned", bench.write_config("finetune", tuned), stages["finetune"]["checkpoint"])
         last = "finetuned"

@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from prune_mm.pruners.options import check_choice
-from prune_mm.structures.pair import merged_kernel
 
 #: From group norms, float64 and not empty, and tau to what every group is multiplied with.
 ProximalOperator = Callable[[Tensor, float], Tensor]
@@ -319,20 +318,6 @@ def _mixing(n: int, method: str, generator: torch.Generator, scale: float, norma
     if method == "p-random":
         return noise / math.sqrt(n)  # Xavier: the variance is 2 / (fan in + fan out)
     return F.normalize(eye + scale * noise, dim=0 if normalize == "col" else 1)
-
-
-def merge_pair(weight: Tensor, matrix: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """One kernel and bias for a pair: the reverse of :func:`init_pair`.
-
-    Args:
-        weight: W ``(r, c, k, ...)``.
-        matrix: A ``(r, n)``.
-        bias: ``(n,)``, which is added behind the pair and so stays what it is.
-
-    Returns:
-        The dense kernel ``(n, c, k, ...)``, computed in float64, and the bias.
-    """
-    return merged_kernel(weight, matrix), bias
 
 
 # -- schedules and losses ---------------------------------------------------------------------------------------------

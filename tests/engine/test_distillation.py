@@ -18,7 +18,8 @@ from torch import nn
 
 from prune_mm.engine.distillation import DistillationHook, check_teacher
 from prune_mm.engine.distillation_parts import Logits
-from prune_mm.engine.exporter import compact_config, dense_config, export
+from prune_mm.engine.exporter import export
+from prune_mm.engine.stages import compact_config, dense_config
 
 
 @pytest.fixture(scope="module")

@@ -24,7 +24,6 @@ from prune_mm.pruners.hinge_math import (
     group_norms,
     init_pair,
     learning_rates,
-    merge_pair,
     pair_rank,
     penalty,
     prox_,
@@ -34,7 +33,7 @@ from prune_mm.pruners.hinge_math import (
     select_groups,
     top_groups,
 )
-from prune_mm.structures.pair import merging_is_cheaper
+from prune_mm.structures.pair import merged_kernel, merging_is_cheaper
 
 SETTINGS = settings(max_examples=60, deadline=None, derandomize=True)
 NAMES = ("l1", "l1-2", "l1d2", "logsum", "l0")
@@ -356,9 +355,7 @@ class TestPair:
         weight, matrix = init_pair(dense, method)
         assert weight.shape == (pair_rank(dense.shape, method), *dense.shape[1:])
         assert matrix.shape == (weight.shape[0], outputs)
-        merged, bias = merge_pair(weight, matrix)
-        assert bias is None
-        assert torch.allclose(merged, dense, atol=1e-12)
+        assert torch.allclose(merged_kernel(weight, matrix), dense, atol=1e-12)
         conv = F.conv2d if dense.ndim == 4 else F.conv1d
         x = randn(seed + 1, 2, inputs, *[5] * len(kernel))
         behind = matrix.T.reshape(outputs, -1, *[1] * len(kernel))
@@ -413,11 +410,6 @@ class TestPair:
             init_pair(torch.ones(2, 2, 1, 1), "svd", normalize="both")
         with pytest.raises(ValueError, match="NaN"):
             init_pair(torch.full((2, 2, 1, 1), math.nan))
-
-    def test_merging_keeps_the_bias(self):
-        weight, matrix = init_pair(randn(0, 5, 3, 3, 3))
-        bias = torch.ones(5)
-        assert merge_pair(weight, matrix, bias)[1] is bias
 
     @SETTINGS
     @given(*[st.integers(1, 20)] * 4)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shlex
 import shutil
 import subprocess
 import sys
@@ -24,9 +25,10 @@ from scipy import stats
 from prune_mm.analysis.statistics import MET, MISSED, UNKNOWN, Summary, at_least, clearly_above, paired_difference
 from prune_mm.engine.compact import without_pretrained
 from prune_mm.engine.prunable import pruned_module
+from prune_mm.engine.stages import filled
 from prune_mm.evidence.cells import Cells
 from prune_mm.evidence.curves import read_curve
-from prune_mm.evidence.matrix import Matrix, Run, _read_config, filled, lengthen, plan_run
+from prune_mm.evidence.matrix import Matrix, Run, _read_config, lengthen, plan_run
 from prune_mm.evidence.page import write_page
 from prune_mm.evidence.pool import Clock, Job, Pool
 from prune_mm.evidence.results import merge_results, read_results
@@ -163,6 +165,22 @@ def test_the_test_split_is_what_was_tested_and_every_command_is_kept(measured):
     tested = Config.fromfile(next((folder / "work/tiny").glob("uniform-*/tested_artifact_test.py")))
     assert tested.test_dataloader.dataset.split == "test"
     assert tested.model.type == "prune_mm.CompactModel"
+
+
+def test_a_kept_command_runs_on_its_own_and_gives_the_same_weights(measured, tmp_path):
+    """In a process that knows of no matrix, as one would type it."""
+    folder, _, _ = measured
+    commands = next((folder / "work/tiny").glob("uniform-*/commands.sh")).read_text().splitlines()
+    command = shlex.split(next(line for line in commands if "tools/train.py" in line))
+    assert command[0] == "python"
+    recorded = Path(command[command.index("--work-dir") + 1])
+    command[command.index("--work-dir") + 1] = str(tmp_path)
+    subprocess.run([sys.executable, *command[1:]], check=True, capture_output=True, cwd=Path(__file__).parents[2])
+    ours, theirs = (
+        torch.load(path / "epoch_1.pth", map_location="cpu", weights_only=False)["state_dict"]
+        for path in (tmp_path, recorded)
+    )
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_the_page_says_what_was_not_run(measured):

@@ -1,6 +1,6 @@
-# A small Mask R-CNN (ResNet-18 of half width, 64-channel FPN and heads) on generated 96x96 images that are harder than
+# A small Mask R-CNN (ResNet-18 of half width, 32-channel FPN and heads) on generated 96x96 images that are harder than
 # the demo's: four classes, marks behind the objects and strokes across them, in fewer pixels.
-# "val" is for choosing hyper-parameters, "test" for results only. Every row trains for 12 epochs in all.
+# "val" is for choosing hyper-parameters, "test" for results only. Every row trains for 20 epochs in all.
 _base_ = "../../_base_/demo_maskrcnn_r18.py"
 
 classes = ("circle", "cross", "square", "triangle")
@@ -21,13 +21,13 @@ shapes = dict(
 )
 model = dict(
     backbone=dict(base_channels=32),
-    neck=dict(in_channels=[32, 64, 128, 256]),
-    rpn_head=dict(anchor_generator=dict(scales=[3])),
+    neck=dict(in_channels=[32, 64, 128, 256], out_channels=32),
+    rpn_head=dict(in_channels=32, feat_channels=32, anchor_generator=dict(scales=[3])),
     roi_head=dict(
-        bbox_roi_extractor=dict(roi_layer=dict(sampling_ratio=1)),
-        bbox_head=dict(num_classes=4),
-        mask_roi_extractor=dict(roi_layer=dict(sampling_ratio=1)),
-        mask_head=dict(num_classes=4),
+        bbox_roi_extractor=dict(out_channels=32, roi_layer=dict(sampling_ratio=1)),
+        bbox_head=dict(in_channels=32, fc_out_channels=128, num_classes=4),
+        mask_roi_extractor=dict(out_channels=32, roi_layer=dict(sampling_ratio=1)),
+        mask_head=dict(in_channels=32, conv_out_channels=32, num_classes=4),
     ),
     train_cfg=dict(rpn_proposal=dict(nms_pre=100, max_per_img=50), rcnn=dict(sampler=dict(num=32))),
     test_cfg=dict(rpn=dict(nms_pre=100, max_per_img=50)),
@@ -38,7 +38,7 @@ test_pipeline = [
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
     dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
 ]
-train_dataloader = dict(dataset=shapes)
+train_dataloader = dict(batch_size=8, dataset=shapes)
 val_dataloader = dict(batch_size=25, dataset=dict(shapes, pipeline=test_pipeline))
 test_dataloader = dict(
     batch_size=25,
@@ -52,20 +52,24 @@ test_dataloader = dict(
 val_evaluator = dict(ann_file="data/shapes_hard/annotations/instances_val2017.json")
 test_evaluator = dict(ann_file="data/shapes_hard/annotations/instances_test2017.json")
 
-train_cfg = dict(max_epochs=12, val_interval=12)
-optim_wrapper = dict(optimizer=dict(lr=1e-3))
-# All epochs in one go, and half of them: for the dense network that is pruned, and for what follows.
+train_cfg = dict(max_epochs=20, val_interval=20)
+optim_wrapper = dict(optimizer=dict(lr=2e-3, fused=True))
+# Two cycles, so that the dense network has the learning rates of one that is pruned half way. "half" is one of them.
+cycle = dict(type="CosineAnnealingLR", eta_min=1e-5, by_epoch=True, convert_to_iter_based=True, T_max=10)
 whole = [
     dict(type="LinearLR", start_factor=0.05, by_epoch=False, begin=0, end=100),
-    dict(type="CosineAnnealingLR", eta_min=1e-5, by_epoch=True, convert_to_iter_based=True, end=12, T_max=12),
+    dict(cycle, begin=0, end=10),
+    dict(type="MultiStepLR", gamma=200.0, milestones=[10], by_epoch=True, convert_to_iter_based=True),
+    dict(type="LinearLR", start_factor=0.05, by_epoch=False, begin=500, end=600),
+    dict(cycle, begin=10, end=20),
 ]
 half = dict(
-    train_cfg=dict(max_epochs=6, val_interval=6),
+    train_cfg=dict(max_epochs=10, val_interval=10),
     param_scheduler=[
         dict(type="LinearLR", start_factor=0.05, by_epoch=False, begin=0, end=100),
-        dict(type="CosineAnnealingLR", eta_min=1e-5, by_epoch=True, convert_to_iter_based=True, end=6, T_max=6),
+        dict(type="CosineAnnealingLR", eta_min=1e-5, by_epoch=True, convert_to_iter_based=True, end=10, T_max=10),
     ],
 )
 param_scheduler = whole
-default_hooks = dict(logger=dict(interval=15), checkpoint=dict(interval=2, max_keep_ckpts=1))
+default_hooks = dict(logger=dict(interval=15), checkpoint=dict(interval=5, max_keep_ckpts=1))
 log_processor = dict(window_size=15)

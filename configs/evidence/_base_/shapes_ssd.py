@@ -1,4 +1,5 @@
 # A small SSD (ResNet-18 of half width, cut after layer3, stride 1 there) on the same images as the Mask R-CNN.
+# Every row trains for 20 epochs in all.
 _base_ = "../../_base_/demo_ssd_r18.py"
 
 classes = ("circle", "cross", "square", "triangle")
@@ -23,7 +24,7 @@ model = dict(
     bbox_head=dict(
         in_channels=(128, 128, 128, 64),
         num_classes=4,
-        anchor_generator=dict(input_size=96, min_sizes=[12, 22, 36, 54], max_sizes=[22, 36, 54, 80]),
+        anchor_generator=dict(input_size=96, min_sizes=[16, 26, 40, 58], max_sizes=[26, 40, 58, 80]),
     ),
 )
 test_pipeline = [
@@ -32,7 +33,7 @@ test_pipeline = [
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
     dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
 ]
-train_dataloader = dict(batch_size=8, dataset=shapes)
+train_dataloader = dict(batch_size=4, dataset=shapes)
 val_dataloader = dict(batch_size=25, dataset=dict(shapes, pipeline=test_pipeline))
 test_dataloader = dict(
     batch_size=25,
@@ -46,20 +47,24 @@ test_dataloader = dict(
 val_evaluator = dict(ann_file="data/shapes_hard/annotations/instances_val2017.json")
 test_evaluator = dict(ann_file="data/shapes_hard/annotations/instances_test2017.json")
 
-train_cfg = dict(max_epochs=32, val_interval=32)
-optim_wrapper = dict(optimizer=dict(lr=2e-3))
-# All epochs in one go, and half of them: for the dense network that is pruned, and for what follows.
+train_cfg = dict(max_epochs=20, val_interval=20)
+optim_wrapper = dict(optimizer=dict(lr=2e-3, fused=True))
+# Two cycles, so that the dense network has the learning rates of one that is pruned half way. "half" is one of them.
+cycle = dict(type="CosineAnnealingLR", eta_min=1e-5, by_epoch=True, convert_to_iter_based=True, T_max=10)
 whole = [
     dict(type="LinearLR", start_factor=0.05, by_epoch=False, begin=0, end=100),
-    dict(type="CosineAnnealingLR", eta_min=1e-5, by_epoch=True, convert_to_iter_based=True, end=32, T_max=32),
+    dict(cycle, begin=0, end=10),
+    dict(type="MultiStepLR", gamma=200.0, milestones=[10], by_epoch=True, convert_to_iter_based=True),
+    dict(type="LinearLR", start_factor=0.05, by_epoch=False, begin=1000, end=1100),
+    dict(cycle, begin=10, end=20),
 ]
 half = dict(
-    train_cfg=dict(max_epochs=16, val_interval=16),
+    train_cfg=dict(max_epochs=10, val_interval=10),
     param_scheduler=[
         dict(type="LinearLR", start_factor=0.05, by_epoch=False, begin=0, end=100),
-        dict(type="CosineAnnealingLR", eta_min=1e-5, by_epoch=True, convert_to_iter_based=True, end=16, T_max=16),
+        dict(type="CosineAnnealingLR", eta_min=1e-5, by_epoch=True, convert_to_iter_based=True, end=10, T_max=10),
     ],
 )
 param_scheduler = whole
-default_hooks = dict(logger=dict(interval=15), checkpoint=dict(interval=4, max_keep_ckpts=1))
+default_hooks = dict(logger=dict(interval=15), checkpoint=dict(interval=5, max_keep_ckpts=1))
 log_processor = dict(window_size=15)

@@ -1,15 +1,23 @@
-# CHEX explores channels from random weights on, and takes all epochs. Validated after each, for the learning curves.
+# CHEX explores channels from random weights on, in the first cycle, and takes all epochs.
 _base_ = "../_base_/digits_mobilenetv2.py"
 
 model = dict(
     _delete_=True,
     type="prune_mm.PrunableModel",
     model=_base_.model,
-    pruner=dict(type="CHEX", target=dict(macs=0.5), initial_regrow=0.3, interval=2, end=26, round_to=1),
+    pruner=dict(
+        type="CHEX",
+        target=dict(macs=0.5),
+        initial_regrow=0.4,
+        interval=6,
+        end=18,
+        min_channels=4,
+        round_to=1,
+    ),
     scope="backbone",
-    input_size=64,
+    input_size=48,
 )
 custom_hooks = [dict(type="prune_mm.PruningHook")]
 
-train_cfg = dict(val_interval=1)
+train_cfg = dict(val_interval=3)
 default_hooks = dict(checkpoint=dict(interval=1, max_keep_ckpts=-1))

@@ -8,17 +8,17 @@ model = dict(
     model=_base_.model,
     pruner=dict(type="StrucSpars", target=dict(macs=0.5), warmup=3, delta=1.5e-4, interval=None),
     scope="backbone",
-    input_size=64,
+    input_size=48,
 )
 custom_hooks = [dict(type="prune_mm.PruningHook")]
 
-train_cfg = dict(max_epochs=20, val_interval=1)
+train_cfg = dict(max_epochs=30, val_interval=3)
 optim_wrapper = dict(optimizer=dict(weight_decay=0.0))
 param_scheduler = [dict(type="LinearLR", start_factor=0.1, by_epoch=False, begin=0, end=20)]
 default_hooks = dict(checkpoint=dict(interval=1, max_keep_ckpts=-1))
 finetune = dict(
-    train_cfg=dict(max_epochs=20, val_interval=20),
-    optim_wrapper=dict(optimizer=dict(lr=0.025, weight_decay=5e-4)),
+    train_cfg=dict(max_epochs=30, val_interval=30),
+    optim_wrapper=dict(optimizer=dict(weight_decay=0.05)),
     param_scheduler=_base_.half["param_scheduler"],
     default_hooks=dict(checkpoint=dict(interval=5, max_keep_ckpts=1)),
 )

@@ -1,4 +1,24 @@
-# As for ResNet-20.
-_base_ = "../digits_resnet20/chex.py"
+# As for ResNet-20, over 60 epochs.
+_base_ = "../_base_/digits_resnet56.py"
 
-model = dict(model=dict(backbone=dict(depth=56)))
+model = dict(
+    _delete_=True,
+    type="prune_mm.PrunableModel",
+    model=_base_.model,
+    pruner=dict(
+        type="CHEX",
+        target=dict(macs=0.5),
+        initial_regrow=0.4,
+        interval=6,
+        end=36,
+        min_channels=2,
+        prune_shortcuts=False,
+        round_to=1,
+    ),
+    scope="backbone",
+    input_size=32,
+)
+custom_hooks = [dict(type="prune_mm.PruningHook")]
+
+train_cfg = dict(val_interval=3)
+default_hooks = dict(checkpoint=dict(interval=1, max_keep_ckpts=-1))

@@ -1,4 +1,9 @@
-# As for ResNet-20.
-_base_ = "../digits_resnet20/chex_onexn.py"
+# A composition: CHEX to a larger share of the MACs, and when its exploration is over 1xN on what it left.
+_base_ = "./chex.py"
 
-model = dict(model=dict(backbone=dict(depth=56)))
+chex = dict(type="CHEX", initial_regrow=0.4, interval=6, end=30, min_channels=2, prune_shortcuts=False, round_to=1)
+onexn = dict(type="OneByN", n=2, kernels="all", rearrange=True)
+model = dict(pruner=[dict(chex, target=dict(macs=0.7)), dict(onexn, rate=0.335)])
+at_25 = dict(model=dict(pruner=[dict(chex, target=dict(macs=0.5)), dict(onexn, rate=0.58)]))
+train_cfg = dict(val_interval=60)
+default_hooks = dict(checkpoint=dict(interval=5, max_keep_ckpts=1))

@@ -1,4 +1,2 @@
-# As for ResNet-20.
-_base_ = "../digits_resnet20/dense.py"
-
-model = dict(backbone=dict(depth=56))
+# The dense network: all epochs in one go.
+_base_ = "../_base_/digits_resnet56.py"

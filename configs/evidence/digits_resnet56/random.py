@@ -1,4 +1,4 @@
-# As for ResNet-20.
-_base_ = "../digits_resnet20/random.py"
+# Random channels, the same share everywhere; trained like UniformL1.
+_base_ = "./uniform.py"
 
-model = dict(model=dict(backbone=dict(depth=56)))
+model = dict(pruner=dict(type="RandomChannels"))

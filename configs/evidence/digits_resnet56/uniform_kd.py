@@ -1,4 +1,7 @@
-# As for ResNet-20.
-_base_ = "../digits_resnet20/uniform_kd.py"
+# UniformL1 that also learns from the logits of the dense row's network.
+_base_ = "./uniform.py"
 
-model = dict(model=dict(backbone=dict(depth=56)))
+custom_hooks = [
+    dict(type="prune_mm.PruningHook"),
+    dict(type="prune_mm.DistillationHook", teacher=dict(checkpoint="{{dense}}"), temperature=4.0, weight=0.4),
+]

@@ -1,4 +1,5 @@
-# CHEX explores channels from random weights on, and takes all epochs. Validated after each, for the learning curves.
+# CHEX explores channels from random weights on, in the first cycle, and takes all epochs. Validated on the way, for the
+# learning curves.
 _base_ = "../_base_/shapes_maskrcnn.py"
 
 model = dict(
@@ -9,10 +10,9 @@ model = dict(
         type="CHEX",
         target=dict(macs=0.5),
         initial_regrow=0.3,
-        interval=2,
-        end=4,
-        min_channels=4,
-        prune_shortcuts=False,
+        interval=3,
+        end=9,
+        min_channels=8,
         round_to=1,
     ),
     scope="backbone",
@@ -20,5 +20,5 @@ model = dict(
 )
 custom_hooks = [dict(type="prune_mm.PruningHook")]
 
-train_cfg = dict(val_interval=1)
+train_cfg = dict(val_interval=2)
 default_hooks = dict(checkpoint=dict(interval=1, max_keep_ckpts=-1))

@@ -12,14 +12,14 @@ model = dict(
 )
 custom_hooks = [dict(type="prune_mm.PruningHook")]
 
-train_cfg = dict(max_epochs=6, val_interval=1)
+train_cfg = dict(max_epochs=10, val_interval=2)
 optim_wrapper = dict(optimizer=dict(weight_decay=0.0))
 param_scheduler = [dict(type="LinearLR", start_factor=0.05, by_epoch=False, begin=0, end=100)]
 default_hooks = dict(checkpoint=dict(interval=1, max_keep_ckpts=-1))
 finetune = dict(
-    train_cfg=dict(max_epochs=6, val_interval=6),
+    train_cfg=dict(max_epochs=10, val_interval=10),
     optim_wrapper=dict(optimizer=dict(weight_decay=0.01)),
     param_scheduler=_base_.half["param_scheduler"],
-    default_hooks=dict(checkpoint=dict(interval=2, max_keep_ckpts=1)),
+    default_hooks=dict(checkpoint=dict(interval=5, max_keep_ckpts=1)),
 )
 recalibrate = 40

@@ -1,5 +1,5 @@
 # Hinge: the dense network trains for half of the epochs; then matrices behind its convolutions shrink for at most
-# 6 epochs; the compact model trains on, also for the epochs that the search left over.
+# 2 epochs; the compact model trains on, also for the epochs that the search left over.
 _base_ = "../_base_/shapes_ssd.py"
 
 model = dict(
@@ -10,7 +10,7 @@ model = dict(
         type="Hinge",
         target=dict(macs=0.5),
         strength=0.1,
-        threshold=0.1,
+        threshold=0.03,
         min_share=0.1,
         layer_balancing=True,
         same_ratio=True,
@@ -20,9 +20,9 @@ model = dict(
 )
 custom_hooks = [dict(type="prune_mm.PruningHook")]
 
-adamw = dict(_delete_=True, type="AdamW", lr=2e-3, weight_decay=0.01)
+adamw = dict(_delete_=True, type="AdamW", lr=2e-3, weight_decay=0.01, fused=True)
 pretrain = dict(_base_.half, optim_wrapper=dict(optimizer=dict(lr=2e-3)))
-train_cfg = dict(max_epochs=6, val_interval=6)
+train_cfg = dict(max_epochs=2, val_interval=2)
 optim_wrapper = dict(
     optimizer=dict(_delete_=True, type="SGD", lr=1e-3, momentum=0.9, weight_decay=1e-4),
     paramwise_cfg=dict(custom_keys={".pair.weight": dict(lr_mult=20)}),
@@ -30,11 +30,11 @@ optim_wrapper = dict(
 param_scheduler = [dict(type="LinearLR", start_factor=0.05, by_epoch=False, begin=0, end=50)]
 default_hooks = dict(checkpoint=dict(interval=1))
 finetune = dict(
-    train_cfg=dict(max_epochs=10, val_interval=10),
+    train_cfg=dict(max_epochs=8, val_interval=8),
     optim_wrapper=dict(optimizer=adamw, paramwise_cfg=None),
     param_scheduler=[
         dict(type="LinearLR", start_factor=0.05, by_epoch=False, begin=0, end=50),
-        dict(type="CosineAnnealingLR", eta_min=1e-5, by_epoch=True, convert_to_iter_based=True, end=10, T_max=10),
+        dict(type="CosineAnnealingLR", eta_min=1e-5, by_epoch=True, convert_to_iter_based=True, end=8, T_max=8),
     ],
 )
 recalibrate = 40
