@@ -6,6 +6,7 @@ arXiv 2002.08127.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -34,6 +35,9 @@ from prune_mm.pruners.strucspars_math import (
 )
 from prune_mm.pruners.target import Target
 from prune_mm.registry import PRUNERS
+
+#: Share of the wanted saving below which a search that has ended is said to have failed.
+_LEAST_FOUND = 0.5
 
 __all__ = ["StrucSpars", "cost_matrix", "find_threshold", "group_level", "solve_permutations"]
 
@@ -214,7 +218,10 @@ class StrucSpars(GroupPruner):
             self.delta,
         )
         decision |= self._controller(levels, epoch + 1, coefficient, sparsity)
-        return self._final(decision, masses) if step == self.total else decision
+        if step != self.total:
+            return decision
+        self._warn_of_a_late_cut(sparsity)
+        return self._final(decision, masses)
 
     def commit(self, module: nn.Module, decision: Decision, step: int) -> None:
         """Take over permutations, levels and the controller; mask when the decision is final."""
@@ -325,6 +332,16 @@ class StrucSpars(GroupPruner):
         levels = torch.tensor(self._levels(masses, threshold))
         final = {"levels": levels, "groups": 2 ** (levels - 1), "final_threshold": _float(threshold)}
         return decision | final | {"masked": torch.tensor(True)}
+
+    def _warn_of_a_late_cut(self, sparsity: float) -> None:
+        """Say so when the search itself has saved little: the threshold then removes weights that never shrank."""
+        if sparsity < _LEAST_FOUND * self._wanted():
+            warnings.warn(
+                f"StrucSpars: the search ended with {sparsity:.0%} of the {self.target.kind} saved, of "
+                f"{self._wanted():.0%} that are wanted; the rest is cut at once, from weights that have not shrunk. "
+                f"Raise delta={self.delta:g}, or search for more epochs than {self.epochs}.",
+                stacklevel=2,
+            )
 
     def _pushed(self, index: int) -> int:
         """How many tiers of a layer the term covers: those its level removes and the next, if it may go there."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 
 import pytest
 import torch
@@ -174,6 +175,27 @@ def test_a_planted_network_is_found_again():
     run(module, pruner, 8)
     assert pruner.groups.tolist()[:2] == [2, 2]
     torch.testing.assert_close(module(IMAGE), before)
+
+
+def test_a_search_that_moved_nothing_says_so():
+    module, pruner = begun()
+    run(module, pruner, 19)
+    with pytest.warns(UserWarning, match=r"ended with 0% of the weights saved, of 40% .* Raise delta=0\.1, or search"):
+        pruner.decide(module, 20)
+
+
+def test_a_search_that_found_its_groups_says_nothing():
+    module, pruner = begun()
+    with torch.no_grad():
+        for name in ("a", "b"):
+            layer = next(each for each in pruner.layers if each.name == name)
+            weight = pruner.weight(module, layer)
+            perms = (pruner.perms[f"{side}:{name}"] for side in ("out", "in"))
+            weight.mul_(GroupedConv.from_perms("", 2, *perms).mask()[:, :, None, None])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        run(module, pruner, 20)
+    assert pruner.groups.tolist()[:2] == [2, 2]
 
 
 def test_an_unfinished_search_can_be_concluded():

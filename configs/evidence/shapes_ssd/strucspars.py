@@ -6,7 +6,7 @@ model = dict(
     _delete_=True,
     type="prune_mm.PrunableModel",
     model=_base_.model,
-    pruner=dict(type="StrucSpars", target=dict(macs=0.5), warmup=2, delta=1e-5, interval=None),
+    pruner=dict(type="StrucSpars", target=dict(macs=0.5), warmup=1, delta=6e-5, interval=None),
     scope="backbone",
     input_size=96,
 )
