@@ -41,19 +41,31 @@ def paired_difference(first: dict[int, float], second: dict[int, float]) -> Summ
     return Summary.of([first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())])
 
 
-def at_least(method: Summary | None, other: Summary | None, margin: float = 0.0, seeds: int = 2) -> str:
+def at_least(
+    method: Summary | None,
+    other: Summary | None,
+    margin: float = 0.0,
+    seeds: int = 2,
+    paired: Summary | None = None,
+) -> str:
     """Whether ``method >= other - margin`` within one standard error of the difference of the means.
 
-    The error is that of independent means, sqrt(a^2 + b^2); fewer than ``seeds`` values of either claim nothing.
+    The error is that of independent means, sqrt(a^2 + b^2); fewer than ``seeds`` values of either claim nothing. Where
+    seeds move both alike that error is too generous: the ``paired`` difference, if given, must hold within its own.
     """
     if method is None or other is None or min(method.count, other.count) < seeds:
         return UNKNOWN
     slack = math.hypot(method.error, other.error)
-    return MET if method.mean >= other.mean - margin - slack else MISSED
+    holds = method.mean >= other.mean - margin - slack
+    return MET if holds and (paired is None or paired.mean >= -margin - paired.error) else MISSED
 
 
-def clearly_above(method: Summary | None, other: Summary | None, seeds: int = 2) -> str:
-    """Whether ``method > other`` by more than one standard error of the difference of the means."""
+def clearly_above(method: Summary | None, other: Summary | None, seeds: int = 2, paired: Summary | None = None) -> str:
+    """Whether ``method > other`` by more than one standard error of the difference of the means.
+
+    And of the ``paired`` difference, if given.
+    """
     if method is None or other is None or min(method.count, other.count) < seeds:
         return UNKNOWN
-    return MET if method.mean - other.mean > math.hypot(method.error, other.error) else MISSED
+    holds = method.mean - other.mean > math.hypot(method.error, other.error)
+    return MET if holds and (paired is None or paired.mean > paired.error) else MISSED

@@ -124,7 +124,7 @@ def _claims(cells: Cells) -> str:
     counts = ", ".join(f"{verdicts.count(verdict)} {verdict}" for verdict in (MET, MISSED, UNKNOWN))
     note = (
         "In brackets: the difference, in points, paired over seeds. *At least* and *above* are judged by one standard "
-        "error of the difference of the means, and need two seeds."
+        "error, both of the difference of the means and of the paired difference, and need two seeds."
     )
     titles = [task.title.partition(": ")[2] or task.title for task in tasks]
     return f"{counts}. {note}\n\n" + _table(("claim", *titles), [(what, *found) for what, found in lines.items()])
@@ -144,16 +144,18 @@ def _claims_of(cells: Cells, task: Task) -> Iterator[tuple[str, str, Summary | N
     rows = [row for row in cells.matrix.rows if row.claims]
     for row in rows:
         if row.name != "uniform":
-            verdict = at_least(*both(row.name, "uniform", shares[0]))
-            yield f"{row.label} at least UniformL1 at {shares[0]} %", verdict, gap(row.name, "uniform", shares[0])
+            found = gap(row.name, "uniform", shares[0])
+            verdict = at_least(*both(row.name, "uniform", shares[0]), paired=found)
+            yield f"{row.label} at least UniformL1 at {shares[0]} %", verdict, found
     chex, dense = both("chex", DENSE, shares[0])
     verdict = at_least(chex, dense)
     if verdict != UNKNOWN:
         verdict = MET if chex.mean >= dense.mean - task.within else MISSED
     yield f"CHEX at {shares[0]} % within {task.within:g} point of dense", verdict, gap("chex", DENSE, shares[0])
     for row in rows:
-        verdict = clearly_above(*both(row.name, "random", shares[-1]))
-        yield f"{row.label} above random channels at {shares[-1]} %", verdict, gap(row.name, "random", shares[-1])
+        found = gap(row.name, "random", shares[-1])
+        verdict = clearly_above(*both(row.name, "random", shares[-1]), paired=found)
+        yield f"{row.label} above random channels at {shares[-1]} %", verdict, found
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------

@@ -10,6 +10,8 @@ from prune_mm.evidence.cells import METRICS, Cells, points
 from prune_mm.evidence.matrix import DENSE, Task
 from prune_mm.files import write_atomically
 
+#: Least width of the axis of MACs, in percent.
+_NARROWEST = 8.0
 _STYLE = {
     "random": ("0.6", "x"),
     "uniform": ("black", "o"),
@@ -67,6 +69,9 @@ def draw_tradeoff(cells: Cells, task: Task, folder: Path) -> Path | None:
     if not drawn:
         plt.close(figure)
         return None
+    low, high = axis.get_xlim()
+    if high - low < _NARROWEST:  # one share only: differences of whole channels would look like much
+        axis.set_xlim((low + high - _NARROWEST) / 2, (low + high + _NARROWEST) / 2)
     axis.set(xlabel="MACs of the compact backbone, % of dense", ylabel=METRICS.get(metric, metric), title=task.title)
     axis.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     path = _save(figure, folder / f"{task.name}.png")

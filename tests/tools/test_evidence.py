@@ -426,6 +426,11 @@ def test_claims():
     assert at_least(low, high, margin=1.0) == MET
     assert clearly_above(high, low) == MET
     assert clearly_above(wide, high) == MISSED
+    steady, level = Summary.of([-2.0, -2.1, -1.9]), Summary.of([-0.1, 0.1, 0.0])
+    assert at_least(wide, high, paired=steady) == MISSED, "seeds move both alike: the difference is certain"
+    assert at_least(wide, high, paired=level) == MET
+    assert at_least(wide, high, margin=3.0, paired=steady) == MET
+    assert clearly_above(high, low, paired=level) == MISSED
     for claim in (at_least, clearly_above):
         assert claim(None, low) == claim(Summary(99.0, 0.0, 1), low) == UNKNOWN
 
