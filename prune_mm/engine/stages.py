@@ -58,7 +58,7 @@ def finetune_config(config: Config, artifact: Path, checkpoints: Mapping[str, st
     stage = compact_config(config)
     stage.model.checkpoint = str(artifact / "compact.pth")
     if config.get("teacher") and "DistillationHook" not in str(config.finetune):
-        stage.teacher = config.teacher
+        stage.teacher = filled(config.teacher.to_dict(), checkpoints)
     stage.merge_from_dict(filled(config.finetune.to_dict(), checkpoints))
     return stage
 

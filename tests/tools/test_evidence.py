@@ -22,10 +22,8 @@ from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from scipy import stats
 
-from prune_mm.analysis.statistics import MET, MISSED, UNKNOWN, Summary, at_least, clearly_above, paired_difference
 from prune_mm.engine.compact import without_pretrained
 from prune_mm.engine.prunable import pruned_module
-from prune_mm.engine.stages import filled
 from prune_mm.evidence.cells import Cells
 from prune_mm.evidence.curves import read_curve
 from prune_mm.evidence.matrix import Matrix, Run, _read_config, lengthen, plan_run
@@ -276,12 +274,6 @@ def test_epochs_that_a_search_leaves_over_lengthen_the_schedule():
     assert config.param_scheduler[0].end == 12
 
 
-def test_checkpoints_are_filled_in():
-    settings = {"a": [{"b": "{{pretrained}}"}], "c": 1, "scale": (96, 96), "d": "{{dense}}"}
-    paths = {"pretrained": "x.pth", "dense": "y.pth"}
-    assert filled(settings, paths) == {"a": [{"b": "x.pth"}], "c": 1, "scale": (96, 96), "d": "y.pth"}
-
-
 def test_the_dense_row_teaches_and_is_part_of_the_key(tiny_matrix, tmp_path):
     folder = tmp_path / "tiny"
     folder.mkdir()
@@ -400,41 +392,6 @@ def test_damaged_results_are_refused_and_left_alone(tmp_path, text):
     assert (tmp_path / "tiny.json").read_text() == text
 
 
-# -- statistics --------------------------------------------------------------------------------------------------------
-
-
-def test_mean_and_standard_error_are_scipys():
-    values = [97.2, 96.8, 97.9, 97.1, 95.0]
-    found = Summary.of(values)
-    assert found.mean == pytest.approx(sum(values) / 5)
-    assert found.error == pytest.approx(stats.sem(values))
-    assert Summary.of([]) is None
-    assert Summary.of([3.0]) == Summary(3.0, 0.0, 1)
-
-
-def test_paired_differences_use_common_seeds():
-    found = paired_difference({0: 2.0, 1: 4.0, 7: 9.0}, {0: 1.0, 1: 1.0, 8: 0.0})
-    assert (found.mean, found.count) == (2.0, 2)
-    assert found.error == pytest.approx(stats.sem([1.0, 3.0]))
-
-
-def test_claims():
-    low, high, wide = Summary(90.0, 0.3, 3), Summary(91.0, 0.4, 3), Summary(90.6, 0.5, 3)
-    assert at_least(high, low) == MET
-    assert at_least(low, high) == MISSED
-    assert at_least(wide, high) == MET
-    assert at_least(low, high, margin=1.0) == MET
-    assert clearly_above(high, low) == MET
-    assert clearly_above(wide, high) == MISSED
-    steady, level = Summary.of([-2.0, -2.1, -1.9]), Summary.of([-0.1, 0.1, 0.0])
-    assert at_least(wide, high, paired=steady) == MISSED, "seeds move both alike: the difference is certain"
-    assert at_least(wide, high, paired=level) == MET
-    assert at_least(wide, high, margin=3.0, paired=steady) == MET
-    assert clearly_above(high, low, paired=level) == MISSED
-    for claim in (at_least, clearly_above):
-        assert claim(None, low) == claim(Summary(99.0, 0.0, 1), low) == UNKNOWN
-
-
 # -- the page ----------------------------------------------------------------------------------------------------------
 
 
@@ -459,6 +416,20 @@ def test_the_page_computes_means_and_verdicts(tiny_matrix, tmp_path):
     assert Cells(matrix, tmp_path / "results", "val").everything() == []
 
 
+def test_a_verdict_needs_the_paired_difference_too(tiny_matrix, tmp_path):
+    shutil.copytree(tiny_matrix.parent, tmp_path / "configs")
+    (tmp_path / "configs/tiny/random.py").write_text(
+        '_base_ = "./uniform.py"\nmodel = dict(pruner=dict(type="RandomChannels"))'
+    )
+    matrix = Matrix.read(tmp_path / "configs/matrix.json")
+    for row, found in (("uniform", (90.0, 92.0, 94.0)), ("random", (91.6, 90.5, 89.4))):
+        keys = [plan_run(matrix, Run("tiny", row, 25, seed)).key for seed in range(3)]
+        merge_results(tmp_path / "results", "tiny", [record(row, s, v, keys[s], share=25) for s, v in enumerate(found)])
+    page = write_page(matrix, tmp_path, "test").read_text()
+    line = next(line for line in page.splitlines() if "UniformL1 above random" in line)
+    assert "**missed** (+1.50 ± 1.79)" in line, "by the error of the means alone, 1.32, it would be met"
+
+
 def test_an_empty_page_says_that_nothing_was_run(tiny_matrix, tmp_path):
     page = write_page(Matrix.read(tiny_matrix), tmp_path, "test").read_text()
     assert "0 met, 0 missed" in page
@@ -479,6 +450,7 @@ def test_curves_are_read_from_logs_that_were_cut_short(tmp_path):
     assert found["loss"] == [(5, 2.0), (10, 1.0)]
     assert found["val"] == [(1, {"accuracy/top1": 50.0})]
     assert read_curve(tmp_path, Config({"train_cfg": {"max_epochs": 2, "val_interval": 2}})) is None
+    assert read_curve(tmp_path, Config({"train_cfg": {"max_epochs": 6, "val_interval": 3}})) == found
 
 
 # -- the configs -------------------------------------------------------------------------------------------------------
