@@ -16,6 +16,7 @@ model = dict(
         threshold=1e-2,
         same_ratio=True,
         layer_balancing=True,
+        relative_threshold=True,
         epoch_iters=500,
     ),
     scope="backbone",

@@ -17,6 +17,7 @@ model = dict(
         strength=0.02,
         threshold=1e-2,
         layer_balancing=True,
+        relative_threshold=True,
     ),
     scope="backbone",
     input_size=300,

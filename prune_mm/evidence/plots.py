@@ -15,6 +15,7 @@ _NARROWEST = 8.0
 _STYLE = {
     "random": ("0.6", "x"),
     "uniform": ("black", "o"),
+    "uniform_whole": ("black", "h"),
     "uniform_kd": ("0.35", "P"),
     "chex": ("tab:red", "s"),
     "strucspars": ("tab:blue", "^"),

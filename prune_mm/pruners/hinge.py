@@ -84,6 +84,9 @@ class Hinge(ChannelPruner):
         stop_limit: how far above the target the watched cost may be when the search ends.
         same_ratio: keep the same share of the groups of a block's second matrix as of its first.
         layer_balancing: weigh the strength of each matrix with its mean group norm at the start.
+        relative_threshold: count thresholds, the one watched and the one found, in mean group norms at the start of
+            each matrix. Published is one absolute number for all layers; where their norms differ, it empties
+            layers of small norms down to ``min_share`` and leaves others whole.
         lr_adjust: keep both matrices of a block shrinking at one pace: ``p1`` or ``p2`` as published, or None. Without
             matrices of both kinds there is nothing to adjust.
         annealing: ``dict(factor=2, high=10, low=5)``: divide the strength by ``factor`` once the first matrices'
@@ -119,6 +122,7 @@ class Hinge(ChannelPruner):
         stop_limit: float = 0.1,
         same_ratio: bool = False,
         layer_balancing: bool = False,
+        relative_threshold: bool = False,
         lr_adjust: str | None = "p1",
         annealing: dict | None = None,
         q: float = 1.0,
@@ -141,6 +145,7 @@ class Hinge(ChannelPruner):
             ("pair_pointwise", pair_pointwise),
             ("same_ratio", same_ratio),
             ("layer_balancing", layer_balancing),
+            ("relative_threshold", relative_threshold),
             ("carry_constants", carry_constants),
             ("published_search", published_search),
             ("include_frozen", include_frozen),
@@ -159,6 +164,7 @@ class Hinge(ChannelPruner):
         self.regularizer, self.lambda_, self.init_method = regularizer, float(strength), init_method
         self.threshold, self.min_share, self.stop_limit = float(threshold), min_share, stop_limit
         self.same_ratio, self.layer_balancing, self.lr_adjust = same_ratio, layer_balancing, lr_adjust
+        self.relative_threshold = relative_threshold
         self.annealing, self.q, self.prox_interval, self.epoch_iters = annealing, float(q), prox_interval, epoch_iters
         self.carry, self.published_search = carry_constants, published_search
         self.ignore, self.include_frozen = tuple(ignore), include_frozen
@@ -266,7 +272,7 @@ class Hinge(ChannelPruner):
         for name in self.pairs:
             if f"W:{name}" in decision:
                 set_pair(module.get_submodule(name), decision[f"W:{name}"], decision[f"A:{name}"])
-        if not bool(self.started) and self.layer_balancing:
+        if not bool(self.started) and (self.layer_balancing or self.relative_threshold):
             factors = [balance_factor(self._norms(module, unit)) for unit in self.units]
             self.balance.copy_(torch.tensor(factors, dtype=torch.float64))
         if "watched" in decision:
@@ -335,7 +341,8 @@ class Hinge(ChannelPruner):
 
     def _proximal_step(self, module: nn.Module, rate: float) -> None:
         strength = self._strength(module)
-        for unit, factor in zip(self.units, self.balance.tolist()):
+        factors = self.balance.tolist() if self.layer_balancing else [1.0] * len(self.units)
+        for unit, factor in zip(self.units, factors):
             prox_groups_(unit.parts(module), strength * rate * factor, self.regularizer)
 
     def _strength(self, module: nn.Module) -> float:
@@ -369,6 +376,11 @@ class Hinge(ChannelPruner):
     def _norms(self, module: nn.Module, unit: HingeUnit) -> Tensor:
         return group_norms(unit.parts(module)).cpu()
 
+    def _compared(self, module: nn.Module) -> list[Tensor]:
+        """Norms of the groups of each unit as thresholds are compared with."""
+        factors = self.balance.tolist() if self.relative_threshold else [1.0] * len(self.units)
+        return [self._norms(module, unit) / (factor or 1.0) for unit, factor in zip(self.units, factors)]
+
     def _kept(self, norms: Sequence[Tensor], threshold: float) -> list[Tensor]:
         """Groups of each unit that survive a threshold; the second of a block may follow its first."""
         kept: list[Tensor] = []
@@ -390,7 +402,7 @@ class Hinge(ChannelPruner):
         return self.cost.of(self.target.kind, full) / self.dense_cost[self.target.kind]
 
     def _share_at(self, module: nn.Module, threshold: float) -> float:
-        norms = [self._norms(module, unit) for unit in self.units]
+        norms = self._compared(module)
         return self._share([kept.numel() for kept in self._kept(norms, threshold)])
 
     def _wanted(self) -> float:
@@ -399,7 +411,7 @@ class Hinge(ChannelPruner):
 
     def _final(self, module: nn.Module) -> Decision:
         """Masks of the smallest threshold that meets the target."""
-        norms = [self._norms(module, unit) for unit in self.units]
+        norms = self._compared(module)
 
         def share_at(threshold: float) -> float:
             return self._share([kept.numel() for kept in self._kept(norms, threshold)])

@@ -6,7 +6,13 @@ model = dict(
     type="prune_mm.PrunableModel",
     model=_base_.model,
     pruner=dict(
-        type="Hinge", target=dict(macs=0.5), strength=0.1, threshold=0.1, layer_balancing=True, same_ratio=True
+        type="Hinge",
+        target=dict(macs=0.5),
+        strength=0.1,
+        threshold=0.1,
+        layer_balancing=True,
+        relative_threshold=True,
+        same_ratio=True,
     ),
     scope="backbone",
     input_size=32,

@@ -13,6 +13,7 @@ model = dict(
         threshold=0.03,
         min_share=0.1,
         layer_balancing=True,
+        relative_threshold=True,
         same_ratio=True,
     ),
     scope="backbone",
