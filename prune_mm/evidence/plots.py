@@ -14,6 +14,7 @@ from prune_mm.files import write_atomically
 _NARROWEST = 8.0
 _STYLE = {
     "random": ("0.6", "x"),
+    "random_whole": ("0.6", "1"),
     "uniform": ("black", "o"),
     "uniform_whole": ("black", "h"),
     "uniform_kd": ("0.35", "P"),

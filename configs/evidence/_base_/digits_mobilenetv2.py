@@ -18,7 +18,8 @@ test_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 
 train_cfg = dict(max_epochs=60, val_interval=60)
 optim_wrapper = dict(optimizer=dict(_delete_=True, type="AdamW", lr=2e-3, weight_decay=0.05, fused=True))
-# Two cycles, so that the dense network has the learning rates of one that is pruned half way. "half" is one of them.
+# Two cycles, as a network has them that is pruned half way ("half" is one of them). Rows that train in one go have a
+# constant learning rate instead of the first.
 warmup = dict(type="LinearLR", start_factor=0.1, by_epoch=False)
 cycle = dict(type="CosineAnnealingLR", eta_min=1e-5, by_epoch=True, convert_to_iter_based=True, T_max=30)
 whole = [
