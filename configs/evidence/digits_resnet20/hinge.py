@@ -1,8 +1,9 @@
 # Hinge: the dense network trains for half of the epochs; then matrices behind its convolutions shrink, at the
 # published learning rate of 0.1, for at most 4 epochs; the compact model trains on, also for epochs left over.
 # As these are few, weights learn on meanwhile, at a fifth of that rate instead of a hundredth, and the strength is far
-# larger than published: it takes a few tenths of its mean norm from every group. At thrice that, little of what was
-# learnt is left. Thresholds are relative to the norms of a layer. The learning rate afterwards is small, as kernels that shrank turn fast.
+# larger than published: it takes a few tenths of the mean norm from every group. At thrice that, little of what was
+# learnt is left. Thresholds are relative to the norms of a layer. The learning rate afterwards is small, as kernels
+# that shrank turn fast.
 _base_ = "../_base_/digits_resnet20.py"
 
 model = dict(
