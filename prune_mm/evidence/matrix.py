@@ -101,6 +101,10 @@ class Matrix:
         """Config file of a run."""
         return self.folder / run.task / f"{run.row}.py"
 
+    def rows_of(self, task: str) -> list[Row]:
+        """Rows that a task has configs for."""
+        return [row for row in self.rows if (self.folder / task / f"{row.name}.py").is_file()]
+
     def runs(self, seeds: Sequence[int] | None = None, only: Iterable[str] = ()) -> list[Run]:
         """All runs there are configs for: seed by seed, so that a matrix that stops half way is as wide as it can be.
 
@@ -116,8 +120,8 @@ class Matrix:
             for seed in (self.seeds if seeds is None else seeds)
             for task in self.tasks
             for share in (100, *self.shares)
-            for row in self.rows
-            if (row.name == DENSE) == (share == 100) and (self.folder / task.name / f"{row.name}.py").is_file()
+            for row in self.rows_of(task.name)
+            if (row.name == DENSE) == (share == 100)
         ]
         only = list(only)
         for pattern in only:

@@ -166,7 +166,7 @@ def _task(cells: Cells, task: Task) -> Iterator[str]:
     header = ("method", *names, "right after the cut", "re-calibrated", "MACs", "params", "epochs", "training time",
               "latency", "artifact")  # fmt: skip
     for share in cells.matrix.shares:
-        rows = [_line(cells, task, row.name, row.label, share) for row in cells.matrix.rows]
+        rows = [_line(cells, task, row.name, row.label, share) for row in cells.matrix.rows_of(task.name)]
         yield f"### {share} % of the MACs\n"
         yield _table(header, rows)
 

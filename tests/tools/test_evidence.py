@@ -64,6 +64,7 @@ def tiny_matrix(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "tiny").mkdir()
     (folder / "tiny/dense.py").write_text(BASE)
     (folder / "tiny/uniform.py").write_text(UNIFORM)
+    (folder / "tiny/random.py").write_text(UNIFORM.replace("UniformL1", "RandomChannels"))
     content = {
         "seeds": [0],
         "shares": [50, 25],
@@ -71,6 +72,7 @@ def tiny_matrix(tmp_path_factory: pytest.TempPathFactory) -> Path:
             {"name": "dense", "label": "dense"},
             {"name": "random", "label": "RandomChannels"},
             {"name": "uniform", "label": "UniformL1", "claims": True},
+            {"name": "elsewhere", "label": "a row of other tasks"},
         ],
         "tasks": [{"name": "tiny", "title": "Tiny digits", "metrics": ["accuracy/top1"], "within": 1.0}],
     }
@@ -186,6 +188,7 @@ def test_the_page_says_what_was_not_run(measured):
     page = (folder / "docs/results.md").read_text()
     lines = {line.split("|")[1].strip(): line for line in page.splitlines() if line.startswith("| ")}
     assert lines["RandomChannels"].count("not run") == 1
+    assert "a row of other tasks" not in lines
     assert "## Published numbers (paper)" in page
     assert page.count("not yet measured") >= 2
     assert "(1)" in next(line for line in page.splitlines() if line.startswith("| UniformL1") and "1 + 1" in line)
