@@ -38,8 +38,7 @@ class GConvPrune(GroupPruner):
         channels_per_group: as many groups as leave this many channels of the wider side in each (published as MCPG).
         target: budget of the scope, ``dict(params=0.5)``, ``dict(macs=0.5)`` or ``dict(weights=0.5)``: the numbers
             are searched when the weights are loaded; see :func:`~prune_mm.pruners.group_search.search_groups`.
-        min_channels: least channels of a group, of the search; with very few it may end with thin groups in the widest
-            layers.
+        min_channels: least channels of a group, of the search; with very few, layers of little norm end in thin groups.
         max_groups: most groups of a layer, of the search.
         search_cost: what the search keeps low: ``total``, the lost share of the norm of all layers together; or, as
             published, ``mean``, the mean over layers of the lost share of each, which may sacrifice a few large ones.
