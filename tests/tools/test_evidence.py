@@ -476,8 +476,11 @@ def test_every_row_of_the_matrix_trains_for_the_same_number_of_epochs(monkeypatc
 
 def test_every_task_has_every_method():
     matrix = Matrix.read(MATRIX)
+    # Whole shortcuts make a difference on the detectors only.
+    special = {"random_whole", "uniform_whole"}
     for task in matrix.tasks:
-        assert {run.row for run in matrix.runs([0], [f"{task.name}/"])} == {row.name for row in matrix.rows}
+        wanted = {row.name for row in matrix.rows} - (set() if task.name.startswith("shapes") else special)
+        assert {run.row for run in matrix.runs([0], [f"{task.name}/"])} == wanted
 
 
 @pytest.mark.parametrize("share", [50, 25])
