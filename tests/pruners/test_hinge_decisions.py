@@ -105,14 +105,16 @@ class TestDecisions:
     @pytest.mark.parametrize("relative", [False, True])
     def test_a_relative_threshold_does_not_see_the_scale_of_a_layer(self, relative):
         options = {"target": {"macs": 0.6}, "carry_constants": False, "relative_threshold": relative}
-        counts = []
+        counts, watched = [], []
         for scale in (1.0, 2.0**-10):
             torch.manual_seed(0)
             module = randomised(Basic(width=16, blocks=3), 0)
             module.blocks[1]["conv1"].weight.mul_(scale)
-            pruner = begun(module, **options)
+            pruner = begun(module, threshold=0.4, **options)
+            watched.append(float(pruner.decide(module, 5)["watched"]))
             pruner.conclude(module)
             counts.append(pruner.counts())
+        assert (watched[0] == watched[1]) == relative
         assert (counts[0] == counts[1]) == relative
         # Published: the small layer alone has nothing left but what min_share keeps.
         assert relative or counts[1][2] == 1
