@@ -1,5 +1,6 @@
 """Registries of the scope ``prune_mm``: children of MMEngine's, so ordinary configs find what is here."""
 
+from mmengine.registry import DATA_SAMPLERS as MMENGINE_DATA_SAMPLERS
 from mmengine.registry import DATASETS as MMENGINE_DATASETS
 from mmengine.registry import HOOKS as MMENGINE_HOOKS
 from mmengine.registry import MODELS as MMENGINE_MODELS
@@ -15,6 +16,9 @@ DATASETS = Registry(
     parent=MMENGINE_DATASETS,
     scope=_SCOPE,
     locations=["prune_mm.datasets.demo", "prune_mm.datasets.recordio"],
+)
+DATA_SAMPLERS = Registry(
+    "data sampler", parent=MMENGINE_DATA_SAMPLERS, scope=_SCOPE, locations=["prune_mm.datasets.sampling"]
 )
 TRANSFORMS = Registry("transform", parent=MMENGINE_TRANSFORMS, scope=_SCOPE, locations=["prune_mm.engine"])
 #: Data loaders, which MMEngine itself does not know by type: see :mod:`prune_mm.engine.dataloaders`.

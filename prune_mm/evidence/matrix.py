@@ -18,8 +18,12 @@ from mmengine.config import Config
 FORMAT = 1
 DENSE = "dense"
 SPLITS = ("val", "test")
-#: Keys of a run's config that are about how it is measured, not about what is trained.
-_NOT_TRAINED = ("test_dataloader", "test_evaluator", "recalibrate", "work_dir", "launcher")
+#: What of a config decides a result. All else is a helper's name, or about how a run is measured.
+_DECIDES = (
+    "model", "data_preprocessor", "train_dataloader", "val_dataloader", "val_evaluator", "train_cfg", "val_cfg",
+    "optim_wrapper", "param_scheduler", "auto_scale_lr", "default_hooks", "custom_hooks", "env_cfg", "log_processor",
+    "default_scope", "randomness", "teacher", "finetune", "load_from",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -246,7 +250,7 @@ def _pruners(config: Config) -> list[dict]:
 
 
 def _hash(config: Config, *more: Any) -> str:
-    content = {key: value for key, value in config.to_dict().items() if key not in _NOT_TRAINED}
+    content = {key: value for key, value in config.to_dict().items() if key in _DECIDES}
     text = json.dumps([FORMAT, content, more], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

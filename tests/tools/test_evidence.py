@@ -260,6 +260,17 @@ def test_keys_follow_what_is_trained_and_only_that(tiny_matrix):
     assert plan_run(matrix, Run("tiny", "uniform", 25, 0)).config.model.pruner.target == {"macs": 0.25}
 
 
+def test_names_of_helpers_in_a_config_are_no_part_of_a_key(tiny_matrix):
+    config = Path(tiny_matrix).parent / "tiny" / "uniform.py"
+    text = config.read_text()
+    found = []
+    for more in ("", "helper = dict(lr=1.0)\n", "randomness = dict(deterministic=True)\n"):
+        _read_config.cache_clear()
+        config.write_text(text + more)
+        found.append(plan_run(Matrix.read(tiny_matrix), Run("tiny", "uniform", 50, 0)).key)
+    assert found[0] == found[1] != found[2]
+
+
 def test_another_split_is_another_measurement_of_the_same_training(tiny_matrix):
     plan = plan_run(Matrix.read(tiny_matrix), Run("tiny", "dense", 100, 0))
     assert on_split(plan.config, "val").test_dataloader.dataset.split == "val"

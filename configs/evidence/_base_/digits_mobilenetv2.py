@@ -18,18 +18,10 @@ test_dataloader = dict(dataset=dict(pipeline=test_pipeline))
 
 train_cfg = dict(max_epochs=60, val_interval=60)
 optim_wrapper = dict(optimizer=dict(_delete_=True, type="AdamW", lr=2e-3, weight_decay=0.05, fused=True))
-# Two cycles, as a network has them that is pruned half way ("half" is one of them). Rows that train in one go have a
+# Two cycles, of which "half" is one: a network that is pruned half way has them. Rows that train in one go have a
 # constant learning rate instead of the first.
 warmup = dict(type="LinearLR", start_factor=0.1, by_epoch=False)
 cycle = dict(type="CosineAnnealingLR", eta_min=1e-5, by_epoch=True, convert_to_iter_based=True, T_max=30)
-whole = [
-    dict(warmup, begin=0, end=20),
-    dict(cycle, begin=0, end=30),
-    dict(type="MultiStepLR", gamma=200.0, milestones=[30], by_epoch=True, convert_to_iter_based=True),
-    dict(warmup, begin=990, end=1010),
-    dict(cycle, begin=30, end=60),
-]
 half = dict(
     train_cfg=dict(max_epochs=30, val_interval=30), param_scheduler=[dict(warmup, begin=0, end=20), dict(cycle, end=30)]
 )
-param_scheduler = whole

@@ -6,7 +6,7 @@ classes = ("circle", "cross", "square", "triangle")
 shapes = dict(
     data_root="data/shapes_hard",
     make=dict(
-        train=400,
+        train=8000,
         val=150,
         test=300,
         size=96,
@@ -33,7 +33,9 @@ test_pipeline = [
     dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
     dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
 ]
-train_dataloader = dict(batch_size=4, dataset=shapes)
+# An epoch is a twentieth of the images: none comes twice. A training behind another one starts behind its images.
+sampler = dict(_delete_=True, type="prune_mm.PartSampler", size=400)
+train_dataloader = dict(batch_size=4, sampler=sampler, dataset=shapes)
 val_dataloader = dict(batch_size=25, dataset=dict(shapes, pipeline=test_pipeline))
 test_dataloader = dict(
     batch_size=25,

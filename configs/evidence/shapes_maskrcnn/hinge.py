@@ -24,6 +24,7 @@ custom_hooks = [dict(type="prune_mm.PruningHook")]
 adamw = dict(_delete_=True, type="AdamW", lr=2e-3, weight_decay=0.01, fused=True)
 pretrain = dict(_base_.half, optim_wrapper=dict(optimizer=dict(lr=2e-3)))
 train_cfg = dict(max_epochs=1, val_interval=1)
+train_dataloader = dict(sampler=dict(start=4000))
 optim_wrapper = dict(
     optimizer=dict(_delete_=True, type="SGD", lr=1e-3, momentum=0.9, weight_decay=1e-4),
     paramwise_cfg=dict(custom_keys={".pair.weight": dict(lr_mult=20)}),
@@ -32,6 +33,7 @@ param_scheduler = [dict(type="LinearLR", start_factor=0.05, by_epoch=False, begi
 default_hooks = dict(checkpoint=dict(interval=1))
 finetune = dict(
     train_cfg=dict(max_epochs=9, val_interval=9),
+    train_dataloader=dict(sampler=dict(start=4400)),
     optim_wrapper=dict(optimizer=adamw, paramwise_cfg=None),
     param_scheduler=[
         dict(type="LinearLR", start_factor=0.05, by_epoch=False, begin=0, end=50),

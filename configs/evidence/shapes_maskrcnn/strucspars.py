@@ -18,6 +18,7 @@ param_scheduler = [dict(type="LinearLR", start_factor=0.05, by_epoch=False, begi
 default_hooks = dict(checkpoint=dict(interval=1, max_keep_ckpts=-1))
 finetune = dict(
     train_cfg=dict(max_epochs=10, val_interval=10),
+    train_dataloader=dict(sampler=dict(start=4000)),
     optim_wrapper=dict(optimizer=dict(weight_decay=0.01)),
     param_scheduler=_base_.half["param_scheduler"],
     default_hooks=dict(checkpoint=dict(interval=5, max_keep_ckpts=1)),
