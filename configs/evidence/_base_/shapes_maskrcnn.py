@@ -29,7 +29,7 @@ model = dict(
         mask_roi_extractor=dict(out_channels=32, roi_layer=dict(sampling_ratio=1)),
         mask_head=dict(in_channels=32, conv_out_channels=32, num_classes=4),
     ),
-    train_cfg=dict(rpn_proposal=dict(nms_pre=100, max_per_img=50), rcnn=dict(sampler=dict(num=32))),
+    train_cfg=dict(rpn_proposal=dict(nms_pre=100, max_per_img=50), rcnn=dict(sampler=dict(num=16, pos_fraction=0.5))),
     test_cfg=dict(rpn=dict(nms_pre=100, max_per_img=50)),
 )
 test_pipeline = [
