@@ -157,7 +157,8 @@ class Plan:
     @property
     def recalibrate(self) -> int:
         """Batches that norms are re-calibrated with right after the cut; 0: this is not measured."""
-        return int(self.config.get("recalibrate", 0))
+        seeds = self.config.get("cut_seeds")
+        return int(self.config.get("recalibrate", 0)) if seeds is None or self.run.seed in seeds else 0
 
     @property
     def is_dense(self) -> bool:

@@ -224,7 +224,8 @@ def run_pruned(plan: Plan, work: Path, split: str) -> dict[str, Any]:
         stages["finetune"] = bench.train("finetune", tuned)
         report = bench.export("finetuned", bench.write_config("finetune", tuned), stages["finetune"]["checkpoint"])
         last = "finetuned"
-        metrics |= _after_cut(plan, bench, path, trained["checkpoint"], split, "artifact")
+        if plan.recalibrate:
+            metrics |= _after_cut(plan, bench, path, trained["checkpoint"], split, "artifact")
     elif plan.starts_trained and plan.recalibrate:
         cut = bench.folder / "cut.pth"
         bench.once("cut", lambda: cut.unlink(missing_ok=True) or bench.tool("cut.py", path, start, cut))
@@ -241,10 +242,8 @@ def _after_cut(
         exported = "cut"
         bench.export("cut", config, checkpoint)
     found = {"cut": bench.test_artifact(exported, split)}
-    if plan.recalibrate:
-        bench.export("cut_recalibrated", config, checkpoint, "--recalibrate", str(plan.recalibrate))
-        found["cut_recalibrated"] = bench.test_artifact("cut_recalibrated", split)
-    return found
+    bench.export("cut_recalibrated", config, checkpoint, "--recalibrate", str(plan.recalibrate))
+    return found | {"cut_recalibrated": bench.test_artifact("cut_recalibrated", split)}
 
 
 def _result(plan: Plan, bench: Bench, stages: dict, metrics: dict, report: dict | None) -> dict[str, Any]:

@@ -260,6 +260,16 @@ def test_keys_follow_what_is_trained_and_only_that(tiny_matrix):
     assert plan_run(matrix, Run("tiny", "uniform", 25, 0)).config.model.pruner.target == {"macs": 0.25}
 
 
+def test_models_right_after_their_cut_may_be_tested_with_some_seeds_only(tiny_matrix):
+    config = Path(tiny_matrix).parent / "tiny" / "uniform.py"
+    before = plan_run(Matrix.read(tiny_matrix), Run("tiny", "uniform", 50, 1))
+    _read_config.cache_clear()
+    config.write_text(config.read_text() + "cut_seeds = [0]\n")
+    plans = [plan_run(Matrix.read(tiny_matrix), Run("tiny", "uniform", 50, seed)) for seed in (0, 1)]
+    assert [plan.recalibrate for plan in (before, *plans)] == [2, 2, 0]
+    assert plans[1].key == before.key
+
+
 def test_names_of_helpers_in_a_config_are_no_part_of_a_key(tiny_matrix):
     config = Path(tiny_matrix).parent / "tiny" / "uniform.py"
     text = config.read_text()

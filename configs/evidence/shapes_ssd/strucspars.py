@@ -12,7 +12,7 @@ model = dict(
 )
 custom_hooks = [dict(type="prune_mm.PruningHook")]
 
-train_cfg = dict(max_epochs=10, val_interval=1)
+train_cfg = dict(max_epochs=10, val_interval=2)
 optim_wrapper = dict(optimizer=dict(weight_decay=0.0))
 param_scheduler = [dict(type="LinearLR", start_factor=0.05, by_epoch=False, begin=0, end=100)]
 default_hooks = dict(checkpoint=dict(interval=1, max_keep_ckpts=-1))
@@ -24,3 +24,5 @@ finetune = dict(
     default_hooks=dict(checkpoint=dict(interval=5, max_keep_ckpts=1)),
 )
 recalibrate = 40
+# Curves are drawn of the first share only.
+at_25 = dict(model=dict(pruner=dict(target=dict(macs=0.25))), train_cfg=dict(val_interval=10))
