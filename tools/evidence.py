@@ -22,7 +22,7 @@ from prune_mm.evidence.matrix import SPLITS, Matrix, Plan, plan_run
 from prune_mm.evidence.page import write_page
 from prune_mm.evidence.pool import Clock, Job, Pool
 from prune_mm.evidence.results import make_record, merge_results, read_results
-from prune_mm.evidence.steps import is_dense_trained, is_pretrained, run_folder
+from prune_mm.evidence.steps import is_backbone_trained, is_dense_trained, is_pretrained, run_folder
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -105,15 +105,19 @@ class Evidence:
         for plan in self.plans:
             if self.record(plan) is not None:
                 continue
-            needs = []
+            first, needs = [], []
+            if plan.backbone is not None and not is_backbone_trained(plan, self.args.work_dir):
+                name = f"{plan.config.starts_from}-s{plan.run.seed}-{plan.backbone_key}"
+                jobs.setdefault(name, Job(name, plan.config.starts_from, self._content(plan, "backbone")))
+                first = [name]
             if plan.teacher is not None and not is_dense_trained(plan.teacher, self.args.work_dir):
                 needs.append(str(plan.teacher.run))
-                jobs.setdefault(needs[-1], self._job(plan.teacher, ()))
+                jobs.setdefault(needs[-1], self._job(plan.teacher, first))
             if plan.starts_trained and not is_pretrained(plan, self.args.work_dir, self.args.split):
                 needs.append(f"{plan.run.task}/pretrained-s{plan.run.seed}-{plan.pretrain_key}")
                 kind = f"{plan.run.task}/pretrained"
-                jobs.setdefault(needs[-1], Job(needs[-1], kind, self._content(plan, "pretrain")))
-            jobs[str(plan.run)] = self._job(plan, needs)
+                jobs.setdefault(needs[-1], Job(needs[-1], kind, self._content(plan, "pretrain"), tuple(first)))
+            jobs[str(plan.run)] = self._job(plan, [*first, *needs])
         return list(jobs.values())
 
     def _job(self, plan: Plan, needs: Iterable[str]) -> Job:

@@ -145,6 +145,8 @@ class Plan:
         key: hash of all that decides the result.
         pretrain_key: the same of the dense training, which rows share.
         teacher: the dense row of the same seed, when the config asks for ``{{dense}}``.
+        backbone: of the training that all rows of a task start from, or None.
+        backbone_key: hash of that; tasks share it.
     """
 
     run: Run
@@ -153,6 +155,8 @@ class Plan:
     key: str
     pretrain_key: str | None
     teacher: Plan | None = None
+    backbone: Config | None = None
+    backbone_key: str | None = None
 
     @property
     def recalibrate(self) -> int:
@@ -176,7 +180,8 @@ def plan_run(matrix: Matrix, run: Run, data_seed: int | None = None) -> Plan:
 
     A config is one of the first share of the matrix. For another one it may hold ``at_25 = dict(...)``: settings that
     are merged when 25 % of the MACs is the aim; without, the ``target`` of the pruner becomes ``dict(macs=share)``.
-    ``{{pretrained}}`` in it stands for the checkpoint that pruning starts from, ``{{dense}}`` for the dense row's.
+    ``{{pretrained}}`` in it stands for the checkpoint that pruning starts from, ``{{dense}}`` for the dense row's, and
+    ``{{backbone}}`` for that of the config beside the matrix that ``starts_from`` names.
 
     Args:
         matrix: where the config is.
@@ -194,20 +199,33 @@ def plan_run(matrix: Matrix, run: Run, data_seed: int | None = None) -> Plan:
     for pruner in _pruners(config):
         pruner["seed"] = run.seed
     config.custom_hooks = [*(config.get("custom_hooks") or []), {"type": "prune_mm.StopwatchHook"}]
+    backbone = None
+    if config.get("starts_from"):
+        backbone = _before(matrix.folder / f"{config.starts_from}.py", {}, run.seed, data_seed)
+    backbone_key = None if backbone is None else _hash(backbone, run.seed)
+    start = [] if backbone is None else [backbone_key]
     pretrain = None
     if config.get("pretrain"):
         # From the dense row, not from this one, whose optimizer may differ: all rows start from the same weights.
-        pretrain = copy.deepcopy(_read_config(matrix.folder / run.task / f"{DENSE}.py"))
-        pretrain.merge_from_dict(config.pretrain.to_dict())
-        _reseed_data(pretrain, data_seed)
-        pretrain.setdefault("randomness", {})["seed"] = run.seed
-        pretrain.custom_hooks = [{"type": "prune_mm.StopwatchHook"}]
-    pretrain_key = None if pretrain is None else _hash(pretrain, run.seed)
+        dense = matrix.folder / run.task / f"{DENSE}.py"
+        pretrain = _before(dense, config.pretrain.to_dict(), run.seed, data_seed)
+    pretrain_key = None if pretrain is None else _hash(pretrain, run.seed, *start)
     teacher = None
     if run.row != DENSE and "{{dense}}" in json.dumps(config.to_dict(), default=str):
         teacher = plan_run(matrix, Run(run.task, DENSE, 100, run.seed), data_seed)
-    before = [pretrain_key, *([] if teacher is None else [teacher.key])]
-    return Plan(run, config, pretrain, _hash(config, run.seed, *before), pretrain_key, teacher)
+    before = [pretrain_key, *([] if teacher is None else [teacher.key]), *start]
+    key = _hash(config, run.seed, *before)
+    return Plan(run, config, pretrain, key, pretrain_key, teacher, backbone, backbone_key)
+
+
+def _before(path: Path, settings: dict, seed: int, data_seed: int | None) -> Config:
+    """Config of a training that rows start from."""
+    config = copy.deepcopy(_read_config(path))
+    config.merge_from_dict(settings)
+    _reseed_data(config, data_seed)
+    config.setdefault("randomness", {})["seed"] = seed
+    config.custom_hooks = [{"type": "prune_mm.StopwatchHook"}]
+    return config
 
 
 @lru_cache(maxsize=256)

@@ -166,6 +166,28 @@ def run_folder(work: Path, plan: Plan) -> Path:
     return work / run.task / f"{run.row}-{run.share}-s{run.seed}-{plan.key[:8]}"
 
 
+def backbone_folder(work: Path, plan: Plan) -> Path:
+    """Where the training that all rows start from leaves its files; tasks may share it."""
+    return work / plan.config.starts_from / f"s{plan.run.seed}-{str(plan.backbone_key)[:8]}"
+
+
+def train_backbone(plan: Plan, work: Path) -> str:
+    """Train what all rows of a task start from; returns its checkpoint."""
+    return Bench(backbone_folder(work, plan)).train("train", plan.backbone)["checkpoint"]
+
+
+def is_backbone_trained(plan: Plan, work: Path) -> bool:
+    """Whether that has been done."""
+    return (backbone_folder(work, plan) / "steps" / "train.json").is_file()
+
+
+def _with_backbone(plan: Plan, config: Config, work: Path) -> Config:
+    """A config that starts from the trained backbone, where the task has one."""
+    if plan.backbone is None:
+        return config
+    return Config(filled(config.to_dict(), {"backbone": train_backbone(plan, work)}))
+
+
 def pretrain_folder(work: Path, plan: Plan) -> Path:
     """Where the dense training that rows share leaves its files."""
     return work / plan.run.task / f"pretrained-s{plan.run.seed}-{str(plan.pretrain_key)[:8]}"
@@ -173,9 +195,9 @@ def pretrain_folder(work: Path, plan: Plan) -> Path:
 
 def pretrain(plan: Plan, work: Path, split: str) -> dict[str, Any]:
     """Train and test the dense network that pruning starts from."""
-    bench = Bench(pretrain_folder(work, plan))
-    trained = bench.train("train", plan.pretrain)
-    return {"trained": trained, "metrics": bench.test("trained", plan.pretrain, split, trained["checkpoint"])}
+    bench, config = Bench(pretrain_folder(work, plan)), _with_backbone(plan, plan.pretrain, work)
+    trained = bench.train("train", config)
+    return {"trained": trained, "metrics": bench.test("trained", config, split, trained["checkpoint"])}
 
 
 def is_pretrained(plan: Plan, work: Path, split: str) -> bool:
@@ -185,7 +207,7 @@ def is_pretrained(plan: Plan, work: Path, split: str) -> bool:
 
 def _train_dense(plan: Plan, work: Path) -> dict[str, Any]:
     """The training of the dense row."""
-    return Bench(run_folder(work, plan)).train("train", plan.config)
+    return Bench(run_folder(work, plan)).train("train", _with_backbone(plan, plan.config, work))
 
 
 def is_dense_trained(plan: Plan, work: Path) -> bool:
@@ -197,7 +219,7 @@ def run_dense(plan: Plan, work: Path, split: str) -> dict[str, Any]:
     """The dense row: train and test."""
     bench = Bench(run_folder(work, plan))
     trained = _train_dense(plan, work)
-    final = bench.test("trained", plan.config, split, trained["checkpoint"])
+    final = bench.test("trained", _with_backbone(plan, plan.config, work), split, trained["checkpoint"])
     return _result(plan, bench, {"train": trained}, {"final": final}, None)
 
 
@@ -211,7 +233,7 @@ def run_pruned(plan: Plan, work: Path, split: str) -> dict[str, Any]:
         before = pretrain(plan, work, split)
         stages["pretrain"], metrics["dense"] = before["trained"], before["metrics"]
         checkpoints["pretrained"] = start = before["trained"]["checkpoint"]
-    config = Config(filled(plan.config.to_dict(), checkpoints))
+    config = Config(filled(_with_backbone(plan, plan.config, work).to_dict(), checkpoints))
     config.load_from = start
     stages["train"] = trained = bench.train("train", config)
     path = bench.write_config("train", config)

@@ -11,7 +11,7 @@ from mmengine.registry import init_default_scope
 
 from prune_mm.engine.launch import run_tool
 from prune_mm.evidence.matrix import Matrix, Plan, Run, plan_run
-from prune_mm.evidence.steps import Bench, die_with_parent, pretrain, run_dense, run_folder, run_pruned
+from prune_mm.evidence.steps import Bench, die_with_parent, pretrain, run_dense, run_folder, run_pruned, train_backbone
 from prune_mm.files import write_text_atomically
 
 
@@ -26,6 +26,9 @@ def do(job: dict[str, Any]) -> None:
     _import_for(plan)
     if job["what"] == "pretrain":
         pretrain(plan, work, split)
+        return
+    if job["what"] == "backbone":
+        train_backbone(plan, work)
         return
     if job["what"] == "latency":
         _measure_latency(plan, work, job["out"])

@@ -260,25 +260,58 @@ def test_keys_follow_what_is_trained_and_only_that(tiny_matrix):
     assert plan_run(matrix, Run("tiny", "uniform", 25, 0)).config.model.pruner.target == {"macs": 0.25}
 
 
-def test_models_right_after_their_cut_may_be_tested_with_some_seeds_only(tiny_matrix):
-    config = Path(tiny_matrix).parent / "tiny" / "uniform.py"
-    before = plan_run(Matrix.read(tiny_matrix), Run("tiny", "uniform", 50, 1))
+def own_copy(matrix: Path, folder: Path) -> Path:
+    """The matrix with its configs, to be changed."""
     _read_config.cache_clear()
-    config.write_text(config.read_text() + "cut_seeds = [0]\n")
-    plans = [plan_run(Matrix.read(tiny_matrix), Run("tiny", "uniform", 50, seed)) for seed in (0, 1)]
+    return Path(shutil.copytree(matrix.parent, folder / "own")) / matrix.name
+
+
+def test_models_right_after_their_cut_may_be_tested_with_some_seeds_only(tiny_matrix, tmp_path):
+    matrix = own_copy(tiny_matrix, tmp_path)
+    with (matrix.parent / "tiny/uniform.py").open("a") as file:
+        file.write("cut_seeds = [0]\n")
+    plans = [plan_run(Matrix.read(matrix), Run("tiny", "uniform", 50, seed)) for seed in (0, 1)]
+    before = plan_run(Matrix.read(tiny_matrix), Run("tiny", "uniform", 50, 1))
     assert [plan.recalibrate for plan in (before, *plans)] == [2, 2, 0]
     assert plans[1].key == before.key
 
 
-def test_names_of_helpers_in_a_config_are_no_part_of_a_key(tiny_matrix):
-    config = Path(tiny_matrix).parent / "tiny" / "uniform.py"
-    text = config.read_text()
+def test_names_of_helpers_in_a_config_are_no_part_of_a_key(tiny_matrix, tmp_path):
+    matrix = own_copy(tiny_matrix, tmp_path)
     found = []
-    for more in ("", "helper = dict(lr=1.0)\n", "randomness = dict(deterministic=True)\n"):
+    for more in ("", "helper = dict(lr=1.0)\n", "env_cfg = dict(cudnn_benchmark=True)\n"):
         _read_config.cache_clear()
-        config.write_text(text + more)
-        found.append(plan_run(Matrix.read(tiny_matrix), Run("tiny", "uniform", 50, 0)).key)
+        with (matrix.parent / "tiny/uniform.py").open("a") as file:
+            file.write(more)
+        found.append(plan_run(Matrix.read(matrix), Run("tiny", "uniform", 50, 0)).key)
     assert found[0] == found[1] != found[2]
+
+
+def test_all_rows_of_a_task_start_from_one_trained_backbone(tiny_matrix, tmp_path):
+    matrix = own_copy(tiny_matrix, tmp_path)
+    pretrained = 'dict(type="Pretrained", prefix="backbone.", checkpoint="{{backbone}}")'
+    first = BASE.replace("max_epochs=2", "max_epochs=1")
+    (matrix.parent / "first.py").write_text(first)
+    (matrix.parent / "tiny/dense.py").write_text(
+        f'{BASE}\nstarts_from = "first"\nmodel["backbone"]["init_cfg"] = {pretrained}\n'
+    )
+    plans = [plan_run(Matrix.read(matrix), run) for run in Matrix.read(matrix).runs([0, 1])]
+    assert len({plan.backbone_key for plan in plans}) == 2
+    before = plan_run(Matrix.read(tiny_matrix), plans[0].run)
+    assert before.backbone is None
+
+    end = evidence(matrix, tmp_path, "--only", "dense", "uniform@50", "--jobs", 1)
+    assert end.status == 0, end
+    (trained,) = (tmp_path / "work/first").glob("s0-*/train/epoch_1.pth")
+    for part in ("dense-*/train.py", "pretrained-*/train.py"):
+        (config,) = (tmp_path / "work/tiny").glob(part)
+        assert Config.fromfile(config).model.backbone.init_cfg.checkpoint == str(trained)
+    logs = list((tmp_path / "work/tiny").glob("*/train/*/*.log"))
+    assert sum(f"load backbone. in model from: {trained}" in log.read_text() for log in logs) >= 2
+    (matrix.parent / "first.py").write_text(first.replace("max_epochs=1", "max_epochs=3"))
+    _read_config.cache_clear()
+    changed = plan_run(Matrix.read(matrix), plans[0].run)
+    assert changed.key != plans[0].key
 
 
 def test_another_split_is_another_measurement_of_the_same_training(tiny_matrix):

@@ -4,9 +4,9 @@ _base_ = "../../_base_/demo_ssd_r18.py"
 
 classes = ("circle", "cross", "square", "triangle")
 shapes = dict(
-    data_root="data/shapes_hard",
+    data_root="data/shapes_once",
     make=dict(
-        train=8000,
+        train=5600,
         val=150,
         test=300,
         size=96,
@@ -18,8 +18,12 @@ shapes = dict(
         min_radius=7.0,
     ),
 )
+starts_from = "shapes_backbone"
 model = dict(
-    backbone=dict(base_channels=32),
+    backbone=dict(
+        base_channels=32,
+        init_cfg=dict(type="Pretrained", prefix="backbone.", checkpoint="{{backbone}}"),
+    ),
     neck=dict(in_channels=(128,), out_channels=(128, 128, 128, 64)),
     bbox_head=dict(
         in_channels=(128, 128, 128, 64),
@@ -34,7 +38,7 @@ test_pipeline = [
     dict(type="PackDetInputs", meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor")),
 ]
 # An epoch is a twentieth of the images: none comes twice. A training behind another one starts behind its images.
-sampler = dict(_delete_=True, type="prune_mm.PartSampler", size=400)
+sampler = dict(_delete_=True, type="prune_mm.PartSampler", size=280)
 train_dataloader = dict(batch_size=4, sampler=sampler, dataset=shapes)
 val_dataloader = dict(batch_size=25, dataset=dict(shapes, pipeline=test_pipeline))
 test_dataloader = dict(
@@ -46,29 +50,29 @@ test_dataloader = dict(
         data_prefix=dict(img="test2017/"),
     ),
 )
-val_evaluator = dict(ann_file="data/shapes_hard/annotations/instances_val2017.json")
-test_evaluator = dict(ann_file="data/shapes_hard/annotations/instances_test2017.json")
+val_evaluator = dict(ann_file="data/shapes_once/annotations/instances_val2017.json")
+test_evaluator = dict(ann_file="data/shapes_once/annotations/instances_test2017.json")
 
 train_cfg = dict(max_epochs=20, val_interval=20)
 optim_wrapper = dict(optimizer=dict(lr=2e-3, fused=True))
 # Two cycles, so that the dense network has the learning rates of one that is pruned half way. "half" is one of them.
 cycle = dict(type="CosineAnnealingLR", eta_min=1e-5, by_epoch=True, convert_to_iter_based=True, T_max=10)
 whole = [
-    dict(type="LinearLR", start_factor=0.05, by_epoch=False, begin=0, end=100),
+    dict(type="LinearLR", start_factor=0.05, by_epoch=False, begin=0, end=70),
     dict(cycle, begin=0, end=10),
     dict(type="MultiStepLR", gamma=200.0, milestones=[10], by_epoch=True, convert_to_iter_based=True),
-    dict(type="LinearLR", start_factor=0.05, by_epoch=False, begin=1000, end=1100),
+    dict(type="LinearLR", start_factor=0.05, by_epoch=False, begin=700, end=770),
     dict(cycle, begin=10, end=20),
 ]
 half = dict(
     train_cfg=dict(max_epochs=10, val_interval=10),
     param_scheduler=[
-        dict(type="LinearLR", start_factor=0.05, by_epoch=False, begin=0, end=100),
+        dict(type="LinearLR", start_factor=0.05, by_epoch=False, begin=0, end=70),
         dict(type="CosineAnnealingLR", eta_min=1e-5, by_epoch=True, convert_to_iter_based=True, end=10, T_max=10),
     ],
 )
 param_scheduler = whole
-default_hooks = dict(logger=dict(interval=15), checkpoint=dict(interval=5, max_keep_ckpts=1))
-log_processor = dict(window_size=15)
+default_hooks = dict(logger=dict(interval=10), checkpoint=dict(interval=5, max_keep_ckpts=1))
+log_processor = dict(window_size=10)
 # Models right after their cut are tested with this seed only: that takes longer than a tenth of a training.
 cut_seeds = [0]

@@ -1,4 +1,4 @@
-# CHEX explores channels from random weights on, in the first cycle, and takes all epochs. Validated on the way, for the
+# CHEX explores channels from the trained backbone on, in the first cycle, and takes all epochs. Validated on the way, for the
 # learning curves.
 _base_ = "../_base_/shapes_maskrcnn.py"
 

@@ -1,4 +1,4 @@
-# StrucSpars: half of the epochs search from random weights, at a constant learning rate and without weight decay, as
+# StrucSpars: half of the epochs search from the trained backbone, at a constant learning rate and without weight decay, as
 # published; then the compact model trains on. delta is larger than published, as there are far fewer iterations.
 _base_ = "../_base_/shapes_ssd.py"
 
@@ -6,7 +6,7 @@ model = dict(
     _delete_=True,
     type="prune_mm.PrunableModel",
     model=_base_.model,
-    pruner=dict(type="StrucSpars", target=dict(macs=0.5), warmup=1, delta=6e-5, interval=None),
+    pruner=dict(type="StrucSpars", target=dict(macs=0.5), warmup=1, delta=8.5e-5, interval=None),
     scope="backbone",
     input_size=96,
 )
@@ -14,11 +14,11 @@ custom_hooks = [dict(type="prune_mm.PruningHook")]
 
 train_cfg = dict(max_epochs=10, val_interval=2)
 optim_wrapper = dict(optimizer=dict(weight_decay=0.0))
-param_scheduler = [dict(type="LinearLR", start_factor=0.05, by_epoch=False, begin=0, end=100)]
+param_scheduler = [dict(type="LinearLR", start_factor=0.05, by_epoch=False, begin=0, end=70)]
 default_hooks = dict(checkpoint=dict(interval=1, max_keep_ckpts=-1))
 finetune = dict(
     train_cfg=dict(max_epochs=10, val_interval=10),
-    train_dataloader=dict(sampler=dict(start=4000)),
+    train_dataloader=dict(sampler=dict(start=2800)),
     optim_wrapper=dict(optimizer=dict(weight_decay=0.01)),
     param_scheduler=_base_.half["param_scheduler"],
     default_hooks=dict(checkpoint=dict(interval=5, max_keep_ckpts=1)),
