@@ -34,8 +34,9 @@ and `work_dirs/evidence/<task>/<run>/commands.sh` lists the commands of each.
   150 + 300 generated images of 96x96 with four classes, clutter, strokes across the objects, and objects of 14 pixels
   on; no row trains on an image twice. They are small on purpose: everything runs in minutes on a processor. They rank
   methods at this scale; they do not replace ImageNet or COCO.
-* **Detectors start from a trained backbone**, as others start from ImageNet: taught to tell six shapes apart, one in an
-  image of 32x32 (`shapes_backbone.py`), anew for every seed. It is the same for all rows, and not counted in their time.
+* **Detectors start from a trained backbone**, as others start from ImageNet: taught to tell six shapes apart, one in
+  an image of 32x32 (`shapes_backbone.py`), anew for every seed. It is the same for all rows, and not counted in their
+  time.
 * **Networks** have half their usual width: of a full-width ResNet-20 on plain digits, random channels at 25 % of the
   MACs ended within a point of the dense network (95.7 and 96.5 % on the validation split, one seed).
 * **The same for all.** Every row trains for the same number of epochs in all, dense too: methods that prune trained

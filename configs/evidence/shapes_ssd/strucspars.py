@@ -1,5 +1,5 @@
-# StrucSpars: half of the epochs search from the trained backbone, at a constant learning rate and without weight decay, as
-# published; then the compact model trains on. delta is larger than published, as there are far fewer iterations.
+# StrucSpars: half of the epochs search from the trained backbone, at a constant learning rate and without weight
+# decay; then the compact model trains on. delta is larger than published, as there are far fewer iterations.
 _base_ = "../_base_/shapes_ssd.py"
 
 model = dict(
