@@ -54,9 +54,13 @@ class Cells:
     def by_seed(self, task: str, row: str, share: int, metric: str, of: str = "final") -> dict[int, float]:
         """A metric in points by seed; ``of``: ``final``, ``cut``, ``cut_recalibrated`` or ``dense`` (pre-trained)."""
         found = {record["seed"]: record["metrics"].get(of) for record in self.records(task, row, share)}
-        return {
-            seed: points(metric, metrics[metric]) for seed, metrics in found.items() if metrics and metric in metrics
+        # MMDetection reports no metric at all of a network that detects nothing; its AP is 0.
+        values = {
+            seed: metrics.get(metric, None if metrics else 0.0)
+            for seed, metrics in found.items()
+            if metrics is not None
         }
+        return {seed: points(metric, value) for seed, value in values.items() if value is not None}
 
     def metric(self, task: str, row: str, share: int, metric: str, of: str = "final") -> Summary | None:
         """The same, summarised."""

@@ -483,6 +483,18 @@ def test_a_verdict_needs_the_paired_difference_too(tiny_matrix, tmp_path):
     assert "**missed** (+1.50 ± 1.79)" in line, "by the error of the means alone, 1.32, it would be met"
 
 
+def test_a_network_that_detects_nothing_counts_as_zero(tiny_matrix, tmp_path):
+    matrix = Matrix.read(tiny_matrix)
+    found = []
+    for seed, metrics in enumerate(({"final": {"accuracy/top1": 90.0}}, {"final": {}}, {"final": {"other": 1.0}})):
+        key = plan_run(matrix, Run("tiny", "uniform", 50, seed)).key
+        found.append({**record("uniform", seed, key=key), "metrics": metrics})
+    merge_results(tmp_path, "tiny", found)
+    cells = Cells(matrix, tmp_path, "test")
+    assert cells.by_seed("tiny", "uniform", 50, "accuracy/top1") == {0: 90.0, 1: 0.0}
+    assert cells.by_seed("tiny", "uniform", 50, "accuracy/top1", "cut") == {}
+
+
 def test_an_empty_page_says_that_nothing_was_run(tiny_matrix, tmp_path):
     page = write_page(Matrix.read(tiny_matrix), tmp_path, "test").read_text()
     assert "0 met, 0 missed" in page
