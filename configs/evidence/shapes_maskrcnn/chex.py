@@ -21,6 +21,10 @@ model = dict(
 custom_hooks = [dict(type="prune_mm.PruningHook")]
 
 train_cfg = dict(val_interval=2)
+# With shortcuts cut to 8 of 128 channels it ended 12 AP lower at 25 %, whole ones cost 3 AP at 50 % (validation split).
 # Curves are drawn of the first share only.
-at_25 = dict(model=dict(pruner=dict(target=dict(macs=0.25))), train_cfg=dict(val_interval=20))
+at_25 = dict(
+    model=dict(pruner=dict(target=dict(macs=0.25), prune_shortcuts=False, initial_regrow=0.4)),
+    train_cfg=dict(val_interval=20),
+)
 default_hooks = dict(checkpoint=dict(interval=1, max_keep_ckpts=-1))
