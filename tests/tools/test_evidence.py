@@ -299,6 +299,7 @@ def test_all_rows_of_a_task_start_from_one_trained_backbone(tiny_matrix, tmp_pat
     assert len({plan.backbone_key for plan in plans}) == 2
     before = plan_run(Matrix.read(tiny_matrix), plans[0].run)
     assert before.backbone is None
+    assert plan_run(Matrix.read(matrix), plans[0].run, data_seed=7).backbone_key != plans[0].backbone_key
 
     end = evidence(matrix, tmp_path, "--only", "dense", "uniform@50", "--jobs", 1)
     assert end.status == 0, end

@@ -1,6 +1,6 @@
 # A small Mask R-CNN (ResNet-18 of half width, 32-channel FPN and heads) on generated 96x96 images that are harder than
 # the demo's: four classes, marks behind the objects and strokes across them, in fewer pixels.
-# Training starts from a trained backbone: from random weights, 400 steps go by before classes are told apart.
+# Training starts from a trained backbone: from random weights, hundreds of steps go by before classes are told apart.
 # "val" is for choosing hyper-parameters, "test" for results only. Every row trains for 20 epochs in all.
 _base_ = "../../_base_/demo_maskrcnn_r18.py"
 
