@@ -189,7 +189,7 @@ def plan_run(matrix: Matrix, run: Run, data_seed: int | None = None) -> Plan:
         data_seed: make the generated data from this seed instead, in folders of their own.
 
     Raises:
-        ValueError: the config does not say how to reach the share.
+        ValueError: the config does not say how to reach the share, or starts from a config that is not there.
     """
     path = matrix.config_path(run)
     config = copy.deepcopy(_read_config(path))
@@ -201,7 +201,12 @@ def plan_run(matrix: Matrix, run: Run, data_seed: int | None = None) -> Plan:
     config.custom_hooks = [*(config.get("custom_hooks") or []), {"type": "prune_mm.StopwatchHook"}]
     backbone = None
     if config.get("starts_from"):
-        backbone = _before(matrix.folder / f"{config.starts_from}.py", {}, run.seed, data_seed)
+        first = matrix.folder / f"{config.starts_from}.py"
+        if not first.is_file():
+            raise ValueError(
+                f"'{path}': starts_from={config.starts_from!r}, but there is no '{first.name}' beside the matrix"
+            )
+        backbone = _before(first, {}, run.seed, data_seed)
     backbone_key = None if backbone is None else _hash(backbone, run.seed)
     start = [] if backbone is None else [backbone_key]
     pretrain = None

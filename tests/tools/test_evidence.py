@@ -287,6 +287,15 @@ def test_names_of_helpers_in_a_config_are_no_part_of_a_key(tiny_matrix, tmp_path
     assert found[0] == found[1] != found[2]
 
 
+def test_a_start_that_is_not_there_is_named(tiny_matrix, tmp_path):
+    matrix = own_copy(tiny_matrix, tmp_path)
+    (matrix.parent / "tiny/dense.py").write_text(f'{BASE}\nstarts_from = "lost"\n')
+    with pytest.raises(
+        ValueError, match=r"dense\.py': starts_from='lost', but there is no 'lost\.py' beside the matrix"
+    ):
+        plan_run(Matrix.read(matrix), Run("tiny", "dense", 100, 0))
+
+
 def test_all_rows_of_a_task_start_from_one_trained_backbone(tiny_matrix, tmp_path):
     matrix = own_copy(tiny_matrix, tmp_path)
     pretrained = 'dict(type="Pretrained", prefix="backbone.", checkpoint="{{backbone}}")'
