@@ -14,7 +14,7 @@ from prune_mm.engine.stages import compact_config, dense_config
 from prune_mm.registry import MODELS
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-# Those of the evidence are looked at in tests/tools/test_evidence.py.
+# Those of the evidence are looked at in tests/evidence.
 PATHS = sorted(path for path in CONFIGS.rglob("*.py") if not {"_base_", "evidence"} & set(path.parts))
 
 

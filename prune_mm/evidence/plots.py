@@ -14,9 +14,7 @@ from prune_mm.files import write_atomically
 _NARROWEST = 8.0
 _STYLE = {
     "random": ("0.6", "x"),
-    "random_whole": ("tab:pink", "X"),
     "uniform": ("black", "o"),
-    "uniform_whole": ("tab:olive", "h"),
     "uniform_kd": ("0.35", "P"),
     "chex": ("tab:red", "s"),
     "strucspars": ("tab:blue", "^"),

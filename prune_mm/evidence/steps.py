@@ -58,6 +58,9 @@ class Bench:
         log = self.folder / "log.txt"
         self.folder.mkdir(parents=True, exist_ok=True)
         with (self.folder / "commands.sh").open("a") as file:
+            if not file.tell() and (threads := os.environ.get("OMP_NUM_THREADS")):
+                # Sums in another order give other weights.
+                print(f"export OMP_NUM_THREADS={threads}", file=file)
             print("python", f"tools/{name}", *(shlex.quote(word) for word in command[1:]), file=file)
         child = os.fork()
         if child == 0:

@@ -1,0 +1,107 @@
+"""Raw results are merged without loss, and the page says what they say."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+from little import record
+from mmengine.config import Config
+from scipy import stats
+
+from prune_mm.evidence.cells import Cells
+from prune_mm.evidence.curves import read_curve
+from prune_mm.evidence.matrix import Matrix, Run, plan_run
+from prune_mm.evidence.page import write_page
+from prune_mm.evidence.results import merge_results, read_results
+
+
+def test_merging_keeps_other_seeds_and_rows(tmp_path):
+    merge_results(tmp_path, "tiny", [record(seed=0), record(seed=1), record("dense")])
+    merge_results(tmp_path, "tiny", [record(seed=1, top1=95.0, key="new"), record(seed=2)])
+    found = read_results(tmp_path, "tiny")
+    assert len(found) == 4
+    assert [r["metrics"]["final"]["accuracy/top1"] for r in found if r["row"] == "uniform"] == [90.0, 95.0, 90.0]
+
+
+def test_a_measured_latency_outlives_a_repeated_run_of_the_same_key_only(tmp_path):
+    merge_results(tmp_path, "tiny", [record(latency={"dense_ms": 2.0, "compact_ms": 1.0})])
+    merge_results(tmp_path, "tiny", [record(top1=91.0)])
+    assert read_results(tmp_path, "tiny")[0]["latency"] == {"dense_ms": 2.0, "compact_ms": 1.0}
+    merge_results(tmp_path, "tiny", [record(key="other")])
+    assert read_results(tmp_path, "tiny")[0]["latency"] is None
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"format": 1}', '{"format": 99, "runs": []}'])
+def test_damaged_results_are_refused_and_left_alone(tmp_path, text):
+    (tmp_path / "tiny.json").write_text(text)
+    with pytest.raises(ValueError, match=r"tiny\.json"):
+        merge_results(tmp_path, "tiny", [record()])
+    assert (tmp_path / "tiny.json").read_text() == text
+
+
+def test_the_page_computes_means_and_verdicts(tiny_matrix, tmp_path):
+    matrix = Matrix.read(tiny_matrix)
+
+    def measured(row: str, seed: int, top1: float) -> dict:
+        return record(row, seed, top1, plan_run(matrix, Run("tiny", row, 100 if row == "dense" else 50, seed)).key)
+
+    results = [measured("dense", s, v) for s, v in enumerate((98.0, 97.0, 99.0))]
+    results += [measured("uniform", s, v) for s, v in enumerate((96.0, 97.0, 95.0))]
+    results.append(record("uniform", 3, 12.0, "a key of an older config"))
+    merge_results(tmp_path / "results", "tiny", results)
+    page = write_page(matrix, tmp_path, "test").read_text()
+    assert f"96.00 ± {stats.sem([96.0, 97.0, 95.0]):.2f} (3)" in page
+    assert f"98.00 ± {1 / math.sqrt(3):.2f} (3)" in page
+    assert "1 results in `results/` are of other configs" in page
+    assert "tiny/uniform@50-s3" in page
+    assert "12.00" not in page
+    assert "results/tiny.png" in page
+    assert (tmp_path / "results/tiny.png").stat().st_size < 200_000
+    assert Cells(matrix, tmp_path / "results", "val").everything() == []
+
+
+def test_a_verdict_needs_the_paired_difference_too(tiny_matrix, tmp_path):
+    matrix = Matrix.read(tiny_matrix)
+    for row, found in (("uniform", (90.0, 92.0, 94.0)), ("random", (91.6, 90.5, 89.4))):
+        keys = [plan_run(matrix, Run("tiny", row, 25, seed)).key for seed in range(3)]
+        merge_results(tmp_path / "results", "tiny", [record(row, s, v, keys[s], share=25) for s, v in enumerate(found)])
+    page = write_page(matrix, tmp_path, "test").read_text()
+    line = next(line for line in page.splitlines() if "UniformL1 above random" in line)
+    assert "**missed** (+1.50 ± 1.79)" in line, "by the error of the means alone, 1.32, it would be met"
+
+
+def test_a_network_that_detects_nothing_counts_as_zero(tiny_matrix, tmp_path):
+    matrix = Matrix.read(tiny_matrix)
+    found = []
+    for seed, metrics in enumerate(({"final": {"accuracy/top1": 90.0}}, {"final": {}}, {"final": {"other": 1.0}})):
+        key = plan_run(matrix, Run("tiny", "uniform", 50, seed)).key
+        found.append({**record("uniform", seed, key=key), "metrics": metrics})
+    merge_results(tmp_path, "tiny", found)
+    cells = Cells(matrix, tmp_path, "test")
+    assert cells.by_seed("tiny", "uniform", 50, "accuracy/top1") == {0: 90.0, 1: 0.0}
+    assert cells.by_seed("tiny", "uniform", 50, "accuracy/top1", "cut") == {}
+
+
+def test_an_empty_page_says_that_nothing_was_run(tiny_matrix, tmp_path):
+    page = write_page(Matrix.read(tiny_matrix), tmp_path, "test").read_text()
+    assert "0 met, 0 missed" in page
+    assert page.count("not run") == 6
+
+
+def test_curves_are_read_from_logs_that_were_cut_short(tmp_path):
+    config = Config({"train_cfg": {"max_epochs": 2, "val_interval": 1}})
+    lines = [{"loss": 2.0, "epoch": 1, "iter": 5}, {"accuracy/top1": 50.0, "step": 1}]
+    for folder, more in (
+        ("1", [{"loss": 9.0, "epoch": 2, "iter": 10}]),
+        ("2", [{"loss": 1.0, "epoch": 2, "iter": 10}]),
+    ):
+        path = tmp_path / folder / "vis_data/scalars.json"
+        path.parent.mkdir(parents=True)
+        path.write_text("\n".join(map(json.dumps, lines + more)) + '\n{"loss": 0.')
+    found = read_curve(tmp_path, config)
+    assert found["loss"] == [(5, 2.0), (10, 1.0)]
+    assert found["val"] == [(1, {"accuracy/top1": 50.0})]
+    assert read_curve(tmp_path, Config({"train_cfg": {"max_epochs": 2, "val_interval": 2}})) is None
+    assert read_curve(tmp_path, Config({"train_cfg": {"max_epochs": 6, "val_interval": 3}})) == found
