@@ -35,10 +35,11 @@ and `work_dirs/evidence/<task>/<run>/commands.sh` lists the commands of each.
   on; no row trains on an image twice. They are small on purpose: everything runs in minutes on a processor. They rank
   methods at this scale; they do not replace ImageNet or COCO.
 * **Detectors start from a trained backbone**, as others start from ImageNet: taught to tell six shapes apart, one in
-  an image of 32x32 (`shapes_backbone.py`), anew for every seed. It is the same for all rows, and not counted in their
-  time.
-* **Networks** have half their usual width: of a full-width ResNet-20 on plain digits, random channels at 25 % of the
-  MACs ended within a point of the dense network (95.7 and 96.5 % on the validation split, one seed).
+  an image of 32x32 (`shapes_backbone.py`, `shapes_backbone_narrow.py`), anew for every seed. It is the same for all
+  rows of a task, and not counted in their time.
+* **Networks** have half their usual width, Mask R-CNN a quarter: of a full-width ResNet-20 on plain digits, random
+  channels at 25 % of the MACs ended within a point of the dense network (95.7 and 96.5 % on the validation split, one
+  seed).
 * **The same for all.** Every row trains for the same number of epochs in all, dense too: methods that prune trained
   weights spend the first half on those (shared by all such rows of a seed). MACs and parameters are those of the
   backbone's compact form, counted by one program. What is tested is the exported artifact.

@@ -1,5 +1,5 @@
-# A small Mask R-CNN (ResNet-18 of half width, 32-channel FPN and heads) on generated 96x96 images that are harder than
-# the demo's: four classes, marks behind the objects and strokes across them, in fewer pixels.
+# A small Mask R-CNN (ResNet-18 of a quarter of its width, 32-channel FPN and heads) on generated 96x96 images that are
+# harder than the demo's: four classes, marks behind the objects and strokes across them, in fewer pixels.
 # Training starts from a trained backbone: from random weights, hundreds of steps go by before classes are told apart.
 # "val" is for choosing hyper-parameters, "test" for results only. Every row trains for 20 epochs in all.
 _base_ = "../../_base_/demo_maskrcnn_r18.py"
@@ -20,13 +20,14 @@ shapes = dict(
         min_radius=7.0,
     ),
 )
-starts_from = "shapes_backbone"
+starts_from = "shapes_backbone_narrow"
 model = dict(
     backbone=dict(
-        base_channels=32,
+        stem_channels=8,
+        base_channels=16,
         init_cfg=dict(_delete_=True, type="Pretrained", prefix="backbone.", checkpoint="{{backbone}}"),
     ),
-    neck=dict(in_channels=[32, 64, 128, 256], out_channels=32),
+    neck=dict(in_channels=[16, 32, 64, 128], out_channels=32),
     rpn_head=dict(in_channels=32, feat_channels=32, anchor_generator=dict(scales=[3])),
     roi_head=dict(
         bbox_roi_extractor=dict(out_channels=32, roi_layer=dict(sampling_ratio=1)),

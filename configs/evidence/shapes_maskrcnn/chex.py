@@ -12,7 +12,7 @@ model = dict(
         initial_regrow=0.3,
         interval=3,
         end=9,
-        min_channels=8,
+        min_channels=4,
         round_to=1,
     ),
     scope="backbone",
