@@ -6,7 +6,7 @@ model = dict(
     _delete_=True,
     type="prune_mm.PrunableModel",
     model=_base_.model,
-    pruner=dict(type="StrucSpars", target=dict(macs=0.5), warmup=1, delta=1.1e-5, interval=None),
+    pruner=dict(type="StrucSpars", target=dict(macs=0.5), warmup=1, delta=5e-5, interval=None),
     scope="backbone",
     input_size=96,
 )
@@ -25,4 +25,4 @@ finetune = dict(
 )
 recalibrate = 40
 # Curves are drawn of the first share only.
-at_25 = dict(model=dict(pruner=dict(target=dict(macs=0.25))), train_cfg=dict(val_interval=10))
+at_25 = dict(model=dict(pruner=dict(target=dict(macs=0.25), delta=1.5e-4)), train_cfg=dict(val_interval=10))
