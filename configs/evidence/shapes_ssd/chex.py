@@ -22,5 +22,8 @@ custom_hooks = [dict(type="prune_mm.PruningHook")]
 
 train_cfg = dict(val_interval=2)
 # Curves are drawn of the first share only.
-at_25 = dict(model=dict(pruner=dict(target=dict(macs=0.25))), train_cfg=dict(val_interval=20))
+at_25 = dict(
+    model=dict(pruner=dict(target=dict(macs=0.25), initial_regrow=0.6, prune_shortcuts=False)),
+    train_cfg=dict(val_interval=20),
+)
 default_hooks = dict(checkpoint=dict(interval=1, max_keep_ckpts=-1))
