@@ -131,8 +131,8 @@ def _draw_curve(axes: Any, label: str, curve: dict[str, Any], metric: str) -> No
 
 def _plain_ticks(axis: Any, base: float, subs: tuple[float, ...]) -> None:
     """Ticks of a logarithmic axis as plain numbers."""
-    from matplotlib.ticker import LogLocator, NullLocator, ScalarFormatter
+    from matplotlib.ticker import LogLocator, NullLocator
 
     axis.yaxis.set_major_locator(LogLocator(base, subs))
     axis.yaxis.set_minor_locator(NullLocator())
-    axis.yaxis.set_major_formatter(ScalarFormatter())
+    axis.yaxis.set_major_formatter("{x:g}")
