@@ -54,7 +54,7 @@ and `work_dirs/evidence/<task>/<run>/commands.sh` lists the commands of each.
   search, before fine-tuning); *re-calibrated*: with the statistics of its batch norms estimated anew on training
   images. On the detectors both are measured with the first seed only.
 * **Training time** is in CPU seconds over the dense row's, one thread a run; **latency** is that of the backbone at
-  batch 1 on one thread, compact and dense measured in turns in one process; of the detectors mostly with the first
+  batch 1 on one thread, compact and dense measured in turns in one process, not for every
   seed.
 """
 

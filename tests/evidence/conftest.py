@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from little import BASE, UNIFORM
+from tiny_evidence import BASE, UNIFORM
 
 
 @pytest.fixture(scope="session")

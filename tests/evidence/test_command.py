@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from little import BASE, ROOT, UNIFORM, own_copy
 from mmengine.config import Config
+from tiny_evidence import BASE, ROOT, TWO_STAGES, own_copy
 
 from prune_mm.evidence.matrix import Matrix, _read_config, plan_run
 from prune_mm.evidence.results import read_results
@@ -111,8 +111,8 @@ def test_a_kept_command_runs_on_its_own_and_gives_the_same_weights(measured, tmp
     folder, _, _ = measured
     commands = next((folder / "work/tiny").glob("uniform-*/commands.sh")).read_text().splitlines()
     command = shlex.split(next(line for line in commands if "tools/train.py" in line))
-    environment = {**os.environ, **dict([commands[0].removeprefix("export ").split("=")])}
-    assert environment["OMP_NUM_THREADS"] == "1"
+    assert commands[0] == "export OMP_NUM_THREADS=1"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     assert command[0] == "python"
     recorded = Path(command[command.index("--work-dir") + 1])
     command[command.index("--work-dir") + 1] = str(tmp_path)
@@ -217,13 +217,7 @@ def test_all_rows_of_a_task_start_from_one_trained_backbone(tiny_matrix, tmp_pat
 
 def test_a_row_of_two_stages_is_tested_after_its_cut_with_the_seeds_asked_for(tiny_matrix, tmp_path):
     matrix = own_copy(tiny_matrix, tmp_path)
-    (matrix.parent / "tiny/elsewhere.py").write_text(
-        UNIFORM.replace("pretrain = _base_.one\n", "").replace(
-            'dict(type="UniformL1", target=dict(macs=0.5), round_to=1)',
-            'dict(type="StrucSpars", target=dict(macs=0.5), warmup=0, delta=1e-2, interval=None)',
-        )
-        + "finetune = _base_.one\ncut_seeds = [1]\n"
-    )
+    (matrix.parent / "tiny/elsewhere.py").write_text(TWO_STAGES)
     end = evidence(matrix, tmp_path, "--only", "elsewhere@50", "--seeds", 0, 1, "--jobs", 2)
     assert end.status == 0, end
     without, tested = read_results(tmp_path / "docs/results", "tiny")

@@ -6,9 +6,9 @@ import json
 import math
 
 import pytest
-from little import record
 from mmengine.config import Config
 from scipy import stats
+from tiny_evidence import record
 
 from prune_mm.evidence.cells import Cells
 from prune_mm.evidence.curves import read_curve

@@ -7,9 +7,9 @@ from functools import lru_cache
 
 import mmengine.config.utils
 import pytest
-from little import BASE, MATRIX, UNIFORM, own_copy
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
+from tiny_evidence import BASE, MATRIX, UNIFORM, own_copy
 
 from prune_mm.engine.compact import without_pretrained
 from prune_mm.engine.prunable import pruned_module

@@ -29,6 +29,16 @@ pretrain = _base_.one
 train_cfg = dict(max_epochs=1)
 recalibrate = 2
 """
+TWO_STAGES = """
+_base_ = "./dense.py"
+model = dict(_delete_=True, type="prune_mm.PrunableModel", model=_base_.model, scope="backbone", input_size=32,
+             pruner=dict(type="StrucSpars", target=dict(macs=0.5), warmup=0, delta=1e-2, interval=None))
+custom_hooks = [dict(type="prune_mm.PruningHook")]
+train_cfg = dict(max_epochs=1)
+finetune = _base_.one
+recalibrate = 2
+cut_seeds = [1]
+"""
 
 
 def own_copy(matrix: Path, folder: Path) -> Path:
