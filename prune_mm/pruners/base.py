@@ -243,7 +243,8 @@ class ChannelPruner(Pruner):
         target: budget of the scope, e.g. ``dict(macs=0.5)``; see :class:`~prune_mm.pruners.target.Target`.
         min_channels: smallest width any layer may get.
         round_to: widths become multiples of this (hardware likes 8); 1: exact published counts.
-        prune_shortcuts: also zero rows of shortcut projections.
+        prune_shortcuts: also zero rows of shortcut projections, which cost few MACs, and through which all goes that a
+            stage takes over from the one before.
         prune_stem: also prune layers that read the input of the scope (of a backbone: the image).
         prune_coupled: also prune channels that residual adds tie across blocks.
         ignore: regular expressions of layer names that stay dense.
@@ -258,7 +259,7 @@ class ChannelPruner(Pruner):
         target: dict | Target,
         min_channels: int = 1,
         round_to: int = 8,
-        prune_shortcuts: bool = True,
+        prune_shortcuts: bool = False,
         prune_stem: bool = False,
         prune_coupled: bool = False,
         ignore: Sequence[str] = (),

@@ -40,8 +40,9 @@ class GConvPrune(GroupPruner):
             are searched when the weights are loaded; see :func:`~prune_mm.pruners.group_search.search_groups`.
         min_channels: least channels of a group, of the search; with very few, layers of little norm end in thin groups.
         max_groups: most groups of a layer, of the search.
-        search_cost: what the search keeps low: ``total``, the lost share of the norm of all layers together; or, as
-            published, ``mean``, the mean over layers of the lost share of each, which may sacrifice a few large ones.
+        search_cost: what the search keeps low: as published ``mean``, the mean over layers of the lost share of each,
+            which may sacrifice a few large ones; or ``total``, the lost share of the norm of all layers together, which
+            divides layers of few kernels most.
         method: how channels are sorted: ``GRPS`` (the paper's group sort), ``SORT``, ``SAME`` (not at all),
             ``RANDOM``.
         sort_iters: iterations per group of ``GRPS`` (N_S).
@@ -62,7 +63,7 @@ class GConvPrune(GroupPruner):
         target: dict | Target | None = None,
         min_channels: int = 1,
         max_groups: int = 64,
-        search_cost: str = "total",
+        search_cost: str = "mean",
         method: str = "GRPS",
         sort_iters: int = 10,
         faithful: bool = False,

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+import torchvision
 from torch import nn
 
 from prune_mm.engine.exporter import export
@@ -70,6 +71,16 @@ def test_every_channel_may_go():
     kept = sum(torch.stack(list(drawn(seed).values())[:1]).sum(0) for seed in range(60)) / 60
     share = float(next(iter(drawn(0).values())).float().mean())
     assert float((kept - share).abs().max()) < 5 * (share * (1 - share) / 60) ** 0.5
+
+
+@pytest.mark.parametrize("method", [UniformL1, RandomChannels])
+def test_shortcuts_stay_whole_unless_asked_for(method):
+    module = torchvision.models.resnet18(num_classes=4)
+    projections = {f"layer{stage}.0.downsample.0" for stage in (2, 3, 4)}
+    usual, asked = (set(prepared(method({"macs": 0.5}, **options), module).start(module))
+                    for options in ({}, {"prune_shortcuts": True}))  # fmt: skip
+    assert asked - usual == projections
+    assert usual < asked
 
 
 def test_a_run_is_cut_as_drawn_and_resumes_so(images, tmp_path):
