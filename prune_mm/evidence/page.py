@@ -42,7 +42,8 @@ and `work_dirs/evidence/<task>/<run>/commands.sh` lists the commands of each.
   seed).
 * **The same for all.** Every row trains for the same number of epochs in all, dense too: methods that prune trained
   weights spend the first half on those (shared by all such rows of a seed). MACs and parameters are those of the
-  backbone's compact form, counted by one program. What is tested is the exported artifact.
+  backbone's compact form, counted by one program. What is tested is the exported artifact. Random channels, UniformL1
+  and CHEX leave shortcut projections whole, but for the first two on ResNet-56 and CHEX on SSD at 50 %.
 * **Learning rates.** A row that is pruned half way starts its schedule again there, and a restart alone can be worth
   more than a method. ResNets have one cosine over all epochs where nothing is cut half way; MobileNetV2, Mask R-CNN and
   SSD have two cycles, the dense network and CHEX too.

@@ -5,7 +5,7 @@ model = dict(
     _delete_=True,
     type="prune_mm.PrunableModel",
     model=_base_.model,
-    pruner=dict(type="UniformL1", target=dict(macs=0.511), round_to=1),
+    pruner=dict(type="UniformL1", target=dict(macs=0.511), prune_shortcuts=True, round_to=1),
     scope="backbone",
     input_size=32,
 )

@@ -6,7 +6,7 @@ model = dict(
     _delete_=True,
     type="prune_mm.PrunableModel",
     model=_base_.model,
-    pruner=dict(type="UniformL1", target=dict(macs=0.5), round_to=1),
+    pruner=dict(type="UniformL1", target=dict(macs=0.5), prune_shortcuts=False, round_to=1),
     scope="backbone",
     input_size=96,
 )
