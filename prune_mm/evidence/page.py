@@ -101,9 +101,10 @@ def _notes(cells: Cells, split: str, data_seed: int | None) -> Iterator[str]:
     if data_seed is not None:
         yield f"\n**Generated data of seed {data_seed}.**\n"
     if cells.stale:
+        more = len(cells.stale) - 5
         yield (
-            f"\n{len(cells.stale)} results in `results/` are of other configs than the present ones and are not shown: "
-            f"{', '.join(cells.stale[:5])}{', ...' if len(cells.stale) > 5 else ''}.\n"
+            f"\nResults in `results/` that are of other configs than the present ones are not shown: "
+            f"{', '.join(cells.stale[:5])}{f' and {more} more' if more > 0 else ''}.\n"
         )
     machines = sorted({_machine(record) for record in cells.everything()})
     if machines:

@@ -54,8 +54,7 @@ def test_the_page_computes_means_and_verdicts(tiny_matrix, tmp_path):
     page = write_page(matrix, tmp_path, "test").read_text()
     assert f"96.00 ± {stats.sem([96.0, 97.0, 95.0]):.2f} (3)" in page
     assert f"98.00 ± {1 / math.sqrt(3):.2f} (3)" in page
-    assert "1 results in `results/` are of other configs" in page
-    assert "tiny/uniform@50-s3" in page
+    assert "of other configs than the present ones are not shown: tiny/uniform@50-s3.\n" in page
     assert "12.00" not in page
     assert "results/tiny.png" in page
     assert (tmp_path / "results/tiny.png").stat().st_size < 200_000
@@ -105,3 +104,10 @@ def test_curves_are_read_from_logs_that_were_cut_short(tmp_path):
     assert found["val"] == [(1, {"accuracy/top1": 50.0})]
     assert read_curve(tmp_path, Config({"train_cfg": {"max_epochs": 2, "val_interval": 2}})) is None
     assert read_curve(tmp_path, Config({"train_cfg": {"max_epochs": 6, "val_interval": 3}})) == found
+
+
+def test_the_page_names_some_results_of_older_configs_and_counts_the_others(tiny_matrix, tmp_path):
+    merge_results(tmp_path / "results", "tiny", [record("uniform", seed, 90.0, "an older key") for seed in range(7)])
+    page = write_page(Matrix.read(tiny_matrix), tmp_path, "test").read_text()
+    named = ", ".join(f"tiny/uniform@50-s{seed}" for seed in range(5))
+    assert f"are not shown: {named} and 2 more.\n" in page
