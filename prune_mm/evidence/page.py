@@ -55,8 +55,7 @@ and `work_dirs/evidence/<task>/<run>/commands.sh` lists the commands of each.
   search, before fine-tuning); *re-calibrated*: with the statistics of its batch norms estimated anew on training
   images. On the detectors both are measured with the first seed only.
 * **Training time** is in CPU seconds over the dense row's, one thread a run; **latency** is that of the backbone at
-  batch 1 on one thread, compact and dense measured in turns in one process, not for every
-  seed.
+  batch 1 on one thread, compact and dense measured in turns in one process, not for every seed.
 """
 
 
@@ -103,7 +102,7 @@ def _notes(cells: Cells, split: str, data_seed: int | None) -> Iterator[str]:
     if cells.stale:
         more = len(cells.stale) - 5
         yield (
-            f"\nResults in `results/` that are of other configs than the present ones are not shown: "
+            "\nResults in `results/` that are of other configs than the present ones are not shown: "
             f"{', '.join(cells.stale[:5])}{f' and {more} more' if more > 0 else ''}.\n"
         )
     machines = sorted({_machine(record) for record in cells.everything()})

@@ -1,5 +1,6 @@
 # GConv Prune: numbers of groups are searched that meet the target. What a cut into groups leaves wants a larger
-# learning rate than UniformL1, with which it is trained otherwise alike.
+# learning rate than UniformL1, with which it is trained otherwise alike. The default search cost was not
+# measured.
 _base_ = "./uniform.py"
 
 model = dict(pruner=dict(_delete_=True, type="GConvPrune", target=dict(macs=0.5), min_channels=2, search_cost="total"))
