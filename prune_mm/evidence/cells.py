@@ -77,7 +77,15 @@ class Cells:
         return Summary.of([100 * each["compact_ms"] / each["dense_ms"] for each in found])
 
     def training_time(self, task: str, row: str, share: int) -> float | None:
-        """CPU seconds of all trainings of a row over those of the dense row."""
+        """CPU seconds of all trainings of a row over those of a dense training of as many epochs.
+
+        Of runs that had a dense training beside them, on their machine; where none had, over those of the dense row.
+        """
+        records = self.records(task, row, share)
+        beside = [r for r in records if r["training"].get("dense_cpu_seconds_an_epoch")]
+        if beside:
+            dense = [r["training"]["dense_cpu_seconds_an_epoch"] * r["epochs"]["total"] for r in beside]
+            return sum(r["training"]["cpu_seconds"] for r in beside) / sum(dense)
         means = [
             Summary.of([r["training"]["cpu_seconds"] for r in self.records(task, name, share)]) for name in (row, DENSE)
         ]

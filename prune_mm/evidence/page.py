@@ -54,8 +54,9 @@ and `work_dirs/evidence/<task>/<run>/commands.sh` lists the commands of each.
 * **Right after the cut** is the compact model before any training with masks (of the two-stage methods: after the
   search, before fine-tuning); *re-calibrated*: with the statistics of its batch norms estimated anew on training
   images. On the detectors both are measured with the first seed only.
-* **Training time** is in CPU seconds over the dense row's, one thread a run; **latency** is that of the backbone at
-  batch 1 on one thread, compact and dense measured in turns in one process, not for every seed.
+* **Training time** is in CPU seconds over those of a dense training of as many epochs, one thread a run; where one ran
+  beside it on the same machine that one, else the dense row's. **Latency** is that of the backbone at batch 1 on one
+  thread, compact and dense measured in turns in one process, not for every seed.
 """
 
 

@@ -223,7 +223,7 @@ def run_dense(plan: Plan, work: Path, split: str) -> dict[str, Any]:
     bench = Bench(run_folder(work, plan))
     trained = _train_dense(plan, work)
     final = bench.test("trained", _with_backbone(plan, plan.config, work), split, trained["checkpoint"])
-    return _result(plan, bench, {"train": trained}, {"final": final}, None)
+    return _result(plan, bench, {"train": trained}, {"final": final}, None, None)
 
 
 def run_pruned(plan: Plan, work: Path, split: str) -> dict[str, Any]:
@@ -256,7 +256,7 @@ def run_pruned(plan: Plan, work: Path, split: str) -> dict[str, Any]:
         bench.once("cut", lambda: cut.unlink(missing_ok=True) or bench.tool("cut.py", path, start, cut))
         metrics |= _after_cut(plan, bench, path, str(cut), split)
     metrics["final"] = bench.test_artifact(last, split)
-    return _result(plan, bench, stages, metrics, report)
+    return _result(plan, bench, stages, metrics, report, _dense_epoch(plan, work))
 
 
 def _after_cut(
@@ -271,9 +271,28 @@ def _after_cut(
     return found | {"cut_recalibrated": bench.test_artifact("cut_recalibrated", split)}
 
 
-def _result(plan: Plan, bench: Bench, stages: dict, metrics: dict, report: dict | None) -> dict[str, Any]:
+def _dense_epoch(plan: Plan, work: Path) -> float | None:
+    """CPU seconds an epoch of the latest dense training of the task and seed in this work dir; None without one.
+
+    A dense training of another machine is no measure of the time that methods add.
+    """
+    found = [
+        note
+        for kind in ("pretrained-", "dense-100-")
+        for note in (work / plan.run.task).glob(f"{kind}s{plan.run.seed}-*/steps/train.json")
+    ]
+    if not found:
+        return None
+    trained = json.loads(max(found, key=lambda note: note.stat().st_mtime).read_text())
+    return round(trained["cpu_seconds"] / trained["epochs"], 4)
+
+
+def _result(
+    plan: Plan, bench: Bench, stages: dict, metrics: dict, report: dict | None, dense_epoch: float | None
+) -> dict[str, Any]:
     """The raw numbers of a run."""
     epochs = {name: stage["epochs"] for name, stage in stages.items()}
+    seconds = {name: sum(stage[name] for stage in stages.values()) for name in ("wall_seconds", "cpu_seconds")}
     costs = {name: report[name] for name in ("macs", "params", "bytes")} if report else None
     return {
         "metrics": metrics,
@@ -281,7 +300,8 @@ def _result(plan: Plan, bench: Bench, stages: dict, metrics: dict, report: dict 
         "artifact": None if report is None else "finetuned" if "finetune" in stages else "artifact",
         "epochs": {**epochs, "total": sum(epochs.values())},
         "training": {
-            name: round(sum(stage[name] for stage in stages.values()), 2) for name in ("wall_seconds", "cpu_seconds")
+            **{name: round(value, 2) for name, value in seconds.items()},
+            "dense_cpu_seconds_an_epoch": dense_epoch,
         },
         "curve": bench.once("curve", lambda: read_curve(bench.folder / "train", plan.config)),
     }

@@ -81,7 +81,8 @@ def test_every_number_of_a_run_is_recorded(measured):
     assert uniform["costs"]["bytes"]["compact"] < uniform["costs"]["bytes"]["dense"] * 1.5
     assert uniform["epochs"] == {"pretrain": 1, "train": 1, "total": 2}
     assert dense["epochs"]["total"] == 2
-    assert uniform["training"]["cpu_seconds"] > 0
+    assert uniform["training"]["cpu_seconds"] > uniform["training"]["dense_cpu_seconds_an_epoch"] > 0
+    assert dense["training"]["dense_cpu_seconds_an_epoch"] is None
     assert uniform["machine"]["cores"] >= 1
     assert "torch" in uniform["versions"]
 

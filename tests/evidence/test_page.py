@@ -41,6 +41,21 @@ def test_damaged_results_are_refused_and_left_alone(tmp_path, text):
     assert (tmp_path / "tiny.json").read_text() == text
 
 
+def test_training_time_is_over_a_dense_training_of_the_same_machine_where_there_was_one(tiny_matrix, tmp_path):
+    matrix = Matrix.read(tiny_matrix)
+
+    def timed(row: str, seed: int, seconds: float, dense_epoch: float | None = None) -> dict:
+        key = plan_run(matrix, Run("tiny", row, 100 if row == "dense" else 50, seed)).key
+        training = {"cpu_seconds": seconds, "dense_cpu_seconds_an_epoch": dense_epoch}
+        return record(row, seed, 90.0, key, training=training)
+
+    merge_results(tmp_path, "tiny", [timed("dense", 0, 10.0), timed("uniform", 0, 15.0)])
+    assert Cells(matrix, tmp_path, "test").training_time("tiny", "uniform", 50) == pytest.approx(1.5)
+    # A machine half as fast: 24 seconds where a dense training of its two epochs would take 20.
+    merge_results(tmp_path, "tiny", [timed("uniform", 1, 24.0, 10.0)])
+    assert Cells(matrix, tmp_path, "test").training_time("tiny", "uniform", 50) == pytest.approx(1.2)
+
+
 def test_the_page_computes_means_and_verdicts(tiny_matrix, tmp_path):
     matrix = Matrix.read(tiny_matrix)
 
