@@ -1,6 +1,6 @@
-# CHEX explores channels from the trained backbone on, in the first cycle, and takes all epochs. Nearly all channels
-# live at first, as the backbone is trained already. Shortcuts stay whole, else they end at 4 channels. Validated on the
-# way, for the learning curves.
+# CHEX explores channels from the trained backbone on, at a constant learning rate, and takes all epochs. Nearly all
+# channels live at first, as the backbone is trained already. Shortcuts stay whole, else they end at 4 channels.
+# Validated on the way, for the learning curves.
 _base_ = "../_base_/shapes_maskrcnn.py"
 
 model = dict(
