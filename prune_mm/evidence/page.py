@@ -43,10 +43,11 @@ and `work_dirs/evidence/<task>/<run>/commands.sh` lists the commands of each.
 * **The same for all.** Every row trains for the same number of epochs in all, dense too: methods that prune trained
   weights spend the first half on those (shared by all such rows of a seed). MACs and parameters are those of the
   backbone's compact form, counted by one program. What is tested is the exported artifact. Random channels, UniformL1
-  and CHEX leave shortcut projections whole, but for the first two on ResNet-56 and CHEX on SSD at 50 %.
-* **Learning rates.** A row that is pruned half way starts its schedule again there, and a restart alone can be worth
-  more than a method. ResNets have one cosine over all epochs where nothing is cut half way; MobileNetV2, Mask R-CNN and
-  SSD have two cycles, the dense network and CHEX too.
+  and CHEX leave shortcut projections whole, but for CHEX on SSD at 50 %.
+* **Learning rates.** A row that is pruned half way starts its schedule again there, and a schedule alone can be worth
+  more than a method. Where nothing is cut half way (dense, CHEX, its composition), ResNets have one cosine over all
+  epochs; MobileNetV2, Mask R-CNN and SSD have a constant rate in the first half, as StrucSpars' search has everywhere,
+  and one cosine in the second, which is better for the dense network than two cycles.
 * **Hyper-parameters** are in the configs and were chosen on the validation split (`--split val`). The test split chose
   none; where its misses were a reason to search further, that is said below.
 * **Spread.** Mean ± standard error over seeds (n). A seed changes the initial weights, the order of images,
