@@ -62,13 +62,14 @@ test_evaluator = dict(ann_file="data/shapes_once/annotations/instances_test2017.
 
 train_cfg = dict(max_epochs=20, val_interval=20)
 optim_wrapper = dict(optimizer=dict(lr=2e-3, fused=True))
-# What trains in one go has a constant learning rate in the first half, as StrucSpars' search has it, and one cycle in
-# the second: what is pruned half way has two cycles, and for the dense network those are worse. "half" is one of them.
+# Every row has a constant learning rate in the first half, and one cycle in the second: two cycles are worse for all.
+# "start" and "half" are the halves, for a network that is pruned between them.
 whole = [
     dict(type="LinearLR", start_factor=0.05, by_epoch=False, begin=0, end=70),
     dict(type="LinearLR", start_factor=0.05, by_epoch=False, begin=350, end=420),
     dict(type="CosineAnnealingLR", eta_min=1e-5, by_epoch=True, convert_to_iter_based=True, begin=10, end=20, T_max=10),
 ]
+start = dict(train_cfg=dict(max_epochs=10, val_interval=10), param_scheduler=whole[:1])
 half = dict(
     train_cfg=dict(max_epochs=10, val_interval=10),
     param_scheduler=[

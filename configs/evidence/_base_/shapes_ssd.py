@@ -55,12 +55,14 @@ test_evaluator = dict(ann_file="data/shapes_once/annotations/instances_test2017.
 
 train_cfg = dict(max_epochs=20, val_interval=20)
 optim_wrapper = dict(optimizer=dict(lr=2e-3, fused=True))
-# What trains in one go has a constant learning rate in the first half, as StrucSpars' search has it, and one cycle in
-# the second: what is pruned half way has two cycles, and for the dense network those are worse. "half" is one of them.
+# Two cycles, so that the dense network has the learning rates of one that is pruned half way. "half" is one of them.
+cycle = dict(type="CosineAnnealingLR", eta_min=1e-5, by_epoch=True, convert_to_iter_based=True, T_max=10)
 whole = [
     dict(type="LinearLR", start_factor=0.05, by_epoch=False, begin=0, end=70),
+    dict(cycle, begin=0, end=10),
+    dict(type="MultiStepLR", gamma=200.0, milestones=[10], by_epoch=True, convert_to_iter_based=True),
     dict(type="LinearLR", start_factor=0.05, by_epoch=False, begin=700, end=770),
-    dict(type="CosineAnnealingLR", eta_min=1e-5, by_epoch=True, convert_to_iter_based=True, begin=10, end=20, T_max=10),
+    dict(cycle, begin=10, end=20),
 ]
 half = dict(
     train_cfg=dict(max_epochs=10, val_interval=10),
