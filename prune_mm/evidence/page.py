@@ -45,9 +45,11 @@ and `work_dirs/evidence/<task>/<run>/commands.sh` lists the commands of each.
   backbone's compact form, counted by one program. What is tested is the exported artifact. Random channels, UniformL1
   and CHEX leave shortcut projections whole, but for CHEX on SSD at 50 %.
 * **Learning rates.** A row that is pruned half way starts its schedule again there, and a schedule alone can be worth
-  more than a method. Where nothing is cut half way (dense, CHEX, its composition), ResNets have one cosine over all
-  epochs; MobileNetV2, Mask R-CNN and SSD have a constant rate in the first half, as StrucSpars' search has everywhere,
-  and one cosine in the second, which is better for the dense network than two cycles.
+  more than a method. On Mask R-CNN every row has a constant rate in the first half and one cosine in the second. On SSD
+  every row has two cosines, but for StrucSpars, whose search has a constant rate everywhere. On MobileNetV2 what is cut
+  half way has two, what trains in one go (dense, CHEX, its composition) a constant rate first: there a lead over
+  UniformL1 and random channels is one of the schedule, too. ResNets have one cosine over all epochs where nothing is
+  cut half way.
 * **Hyper-parameters** are in the configs and were chosen on the validation split (`--split val`). The test split chose
   none; where its misses were a reason to search further, that is said below.
 * **Spread.** Mean ± standard error over seeds (n). A seed changes the initial weights, the order of images,
