@@ -10,21 +10,9 @@ from types import ModuleType
 import pytest
 import torch
 import torch.nn.functional as F
+from mmcv_operators import DOUBLE, ext_loader, ops
 
 from prune_mm.compat import install_mmcv_ops
-
-if not install_mmcv_ops():
-    pytest.skip("mmcv is absent, or has its own compiled operators", allow_module_level=True)
-
-import mmcv.ops as ops
-from mmcv.utils import ext_loader
-
-DOUBLE = torch.float64
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
 
 
 def test_install_is_idempotent_and_binds_the_submodule():

@@ -3,20 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-
-from prune_mm.compat import install_mmcv_ops
-
-if not install_mmcv_ops():
-    pytest.skip("mmcv is absent, or has its own compiled operators", allow_module_level=True)
-
-import mmcv.ops as ops
-
-DOUBLE = torch.float64
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
+from mmcv_operators import DOUBLE, ops
 
 
 def bilinear(plane, y, x):

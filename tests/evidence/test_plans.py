@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 from functools import lru_cache
 
@@ -14,7 +16,7 @@ from tiny_evidence import BASE, MATRIX, UNIFORM, own_copy
 from prune_mm.engine.compact import without_pretrained
 from prune_mm.engine.prunable import pruned_module
 from prune_mm.evidence.matrix import Matrix, Run, _read_config, lengthen, plan_run
-from prune_mm.evidence.steps import on_split
+from prune_mm.evidence.steps import _dense_epoch, on_split
 from prune_mm.registry import MODELS
 
 pytest.importorskip("sklearn")
@@ -66,6 +68,19 @@ def test_another_split_is_another_measurement_of_the_same_training(tiny_matrix):
     assert on_split(plan.config, "val").test_dataloader.dataset.split == "val"
     assert on_split(plan.config, "test").test_dataloader.dataset.split == "test"
     assert plan.config.test_dataloader.dataset.split == "test"
+
+
+def test_time_is_measured_against_the_latest_dense_training_of_the_seed_in_the_work_dir(tiny_matrix, tmp_path):
+    plan = plan_run(Matrix.read(tiny_matrix), Run("tiny", "uniform", 50, 1))
+    assert _dense_epoch(plan, tmp_path) is None
+    trained = (("dense-100-s1-a", 40.0, 100), ("pretrained-s1-b", 60.0, 200), ("pretrained-s2-c", 90.0, 300),
+               ("uniform-50-s1-d", 90.0, 400))  # fmt: skip
+    for folder, seconds, time in trained:
+        note = tmp_path / "tiny" / folder / "steps/train.json"
+        note.parent.mkdir(parents=True)
+        note.write_text(json.dumps({"cpu_seconds": seconds, "epochs": 20}))
+        os.utime(note, (time, time))
+    assert _dense_epoch(plan, tmp_path) == 3.0
 
 
 def test_epochs_that_a_search_leaves_over_lengthen_the_schedule():

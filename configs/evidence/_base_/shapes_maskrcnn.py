@@ -62,21 +62,18 @@ test_evaluator = dict(ann_file="data/shapes_once/annotations/instances_test2017.
 
 train_cfg = dict(max_epochs=20, val_interval=20)
 optim_wrapper = dict(optimizer=dict(lr=2e-3, fused=True))
-# Every row has a constant learning rate in the first half, and one cycle in the second: two cycles are worse for all.
-# "start" and "half" are the halves, for a network that is pruned between them.
+# Every row has a constant learning rate in the first half, and one cycle in the second: two cycles are worse for all tried.
+# For a network that is pruned between them, "start" is the first half and "half" the learning rates of the second.
 whole = [
     dict(type="LinearLR", start_factor=0.05, by_epoch=False, begin=0, end=70),
     dict(type="LinearLR", start_factor=0.05, by_epoch=False, begin=350, end=420),
     dict(type="CosineAnnealingLR", eta_min=1e-5, by_epoch=True, convert_to_iter_based=True, begin=10, end=20, T_max=10),
 ]
 start = dict(train_cfg=dict(max_epochs=10, val_interval=10), param_scheduler=whole[:1])
-half = dict(
-    train_cfg=dict(max_epochs=10, val_interval=10),
-    param_scheduler=[
-        dict(type="LinearLR", start_factor=0.05, by_epoch=False, begin=0, end=70),
-        dict(type="CosineAnnealingLR", eta_min=1e-5, by_epoch=True, convert_to_iter_based=True, end=10, T_max=10),
-    ],
-)
+half = [
+    dict(type="LinearLR", start_factor=0.05, by_epoch=False, begin=0, end=70),
+    dict(type="CosineAnnealingLR", eta_min=1e-5, by_epoch=True, convert_to_iter_based=True, end=10, T_max=10),
+]
 param_scheduler = whole
 default_hooks = dict(logger=dict(interval=10), checkpoint=dict(interval=5, max_keep_ckpts=1))
 log_processor = dict(window_size=10)
