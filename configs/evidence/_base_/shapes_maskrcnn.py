@@ -62,8 +62,9 @@ test_evaluator = dict(ann_file="data/shapes_once/annotations/instances_test2017.
 
 train_cfg = dict(max_epochs=20, val_interval=20)
 optim_wrapper = dict(optimizer=dict(lr=2e-3, fused=True))
-# Every row has a constant learning rate in the first half, and one cycle in the second: two cycles are worse for all tried.
-# For a network that is pruned between them, "start" is the first half and "half" the learning rates of the second.
+# Every row has a constant learning rate in the first half, and one cycle in the second: two cycles are worse for all
+# that were tried. For a network that is pruned between them, "start" is the first half and "half" the learning rates of
+# the second.
 whole = [
     dict(type="LinearLR", start_factor=0.05, by_epoch=False, begin=0, end=70),
     dict(type="LinearLR", start_factor=0.05, by_epoch=False, begin=350, end=420),
