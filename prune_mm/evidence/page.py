@@ -44,12 +44,9 @@ and `work_dirs/evidence/<task>/<run>/commands.sh` lists the commands of each.
   weights spend the first half on those (shared by all such rows of a seed). MACs and parameters are those of the
   backbone's compact form, counted by one program. What is tested is the exported artifact. Random channels, UniformL1
   and CHEX leave shortcut projections whole, but for CHEX on SSD at 50 %.
-* **Learning rates.** A row that is pruned half way starts its schedule again there, and a schedule alone can be worth
-  more than a method. On Mask R-CNN every row has a constant rate in the first half and one cosine in the second. On SSD
-  every row has two cosines, but for StrucSpars, whose search has a constant rate everywhere. On MobileNetV2 what is cut
-  half way has two, what trains in one go (dense, CHEX, its composition) a constant rate first: there a lead over
-  UniformL1 and random channels is one of the schedule, too. ResNets have one cosine over all epochs where nothing is
-  cut half way.
+* **Learning rates.** A schedule alone can be worth more than a method. On MobileNetV2 and the detectors every row has a
+  constant rate in the first half and one cosine in the second. On the ResNets (on ResNet-20 that changed little) what
+  is cut half way has a cosine in each half, StrucSpars a constant rate first, and what trains in one go one cosine.
 * **Hyper-parameters** are in the configs and were chosen on the validation split (`--split val`). The test split chose
   none; where its misses were a reason to search further, that is said below.
 * **Spread.** Mean ± standard error over seeds (n). A seed changes the initial weights, the order of images,

@@ -55,22 +55,18 @@ test_evaluator = dict(ann_file="data/shapes_once/annotations/instances_test2017.
 
 train_cfg = dict(max_epochs=20, val_interval=20)
 optim_wrapper = dict(optimizer=dict(lr=2e-3, fused=True))
-# Two cycles, so that the dense network has the learning rates of one that is pruned half way. "half" is one of them.
-cycle = dict(type="CosineAnnealingLR", eta_min=1e-5, by_epoch=True, convert_to_iter_based=True, T_max=10)
+# Every row has a constant learning rate in the first half, and one cycle in the second, as Mask R-CNN has. For a
+# network that is pruned between them, "start" is the first half and "half" the learning rates of the second.
 whole = [
     dict(type="LinearLR", start_factor=0.05, by_epoch=False, begin=0, end=70),
-    dict(cycle, begin=0, end=10),
-    dict(type="MultiStepLR", gamma=200.0, milestones=[10], by_epoch=True, convert_to_iter_based=True),
     dict(type="LinearLR", start_factor=0.05, by_epoch=False, begin=700, end=770),
-    dict(cycle, begin=10, end=20),
+    dict(type="CosineAnnealingLR", eta_min=1e-5, by_epoch=True, convert_to_iter_based=True, begin=10, end=20, T_max=10),
 ]
-half = dict(
-    train_cfg=dict(max_epochs=10, val_interval=10),
-    param_scheduler=[
-        dict(type="LinearLR", start_factor=0.05, by_epoch=False, begin=0, end=70),
-        dict(type="CosineAnnealingLR", eta_min=1e-5, by_epoch=True, convert_to_iter_based=True, end=10, T_max=10),
-    ],
-)
+start = dict(train_cfg=dict(max_epochs=10, val_interval=10), param_scheduler=whole[:1])
+half = [
+    dict(type="LinearLR", start_factor=0.05, by_epoch=False, begin=0, end=70),
+    dict(type="CosineAnnealingLR", eta_min=1e-5, by_epoch=True, convert_to_iter_based=True, end=10, T_max=10),
+]
 param_scheduler = whole
 default_hooks = dict(logger=dict(interval=10), checkpoint=dict(interval=5, max_keep_ckpts=1))
 log_processor = dict(window_size=10)

@@ -1,6 +1,5 @@
-# CHEX explores channels from random weights on, at a constant learning rate, and takes all epochs; learning rates as
-# of the dense row.
-_base_ = "./dense.py"
+# CHEX explores channels from random weights on, at a constant learning rate, and takes all epochs.
+_base_ = "../_base_/digits_mobilenetv2.py"
 
 model = dict(
     _delete_=True,

@@ -20,7 +20,7 @@ model = dict(
 custom_hooks = [dict(type="prune_mm.PruningHook")]
 
 adamw = dict(_delete_=True, type="AdamW", lr=2e-3, weight_decay=0.05, fused=True)
-pretrain = dict(_base_.half, optim_wrapper=dict(optimizer=dict(lr=2e-3)))
+pretrain = dict(_base_.start, optim_wrapper=dict(optimizer=dict(lr=2e-3)))
 train_cfg = dict(max_epochs=6, val_interval=6)
 optim_wrapper = dict(
     optimizer=dict(_delete_=True, type="SGD", lr=5e-3, momentum=0.9, weight_decay=5e-4),

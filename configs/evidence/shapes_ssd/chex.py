@@ -1,5 +1,5 @@
-# CHEX explores channels from the trained backbone on, in the first cycle, and takes all epochs. Validated on the way,
-# for the learning curves.
+# CHEX explores channels from the trained backbone on, at a constant learning rate, and takes all epochs.
+# Validated on the way, for the learning curves.
 _base_ = "../_base_/shapes_ssd.py"
 
 model = dict(

@@ -22,7 +22,7 @@ model = dict(
 custom_hooks = [dict(type="prune_mm.PruningHook")]
 
 adamw = dict(_delete_=True, type="AdamW", lr=2e-3, weight_decay=0.01, fused=True)
-pretrain = dict(_base_.half, optim_wrapper=dict(optimizer=dict(lr=2e-3)))
+pretrain = dict(_base_.start, optim_wrapper=dict(optimizer=dict(lr=2e-3)))
 train_cfg = dict(max_epochs=1, val_interval=1)
 train_dataloader = dict(sampler=dict(start=2800))
 optim_wrapper = dict(

@@ -20,7 +20,7 @@ finetune = dict(
     train_cfg=dict(max_epochs=10, val_interval=10),
     train_dataloader=dict(sampler=dict(start=2800)),
     optim_wrapper=dict(optimizer=dict(weight_decay=0.01)),
-    param_scheduler=_base_.half["param_scheduler"],
+    param_scheduler=_base_.half,
     default_hooks=dict(checkpoint=dict(interval=5, max_keep_ckpts=1)),
 )
 recalibrate = 40

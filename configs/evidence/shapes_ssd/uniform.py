@@ -12,9 +12,9 @@ model = dict(
 )
 custom_hooks = [dict(type="prune_mm.PruningHook")]
 
-pretrain = dict(_base_.half, optim_wrapper=dict(optimizer=dict(lr=2e-3)))
+pretrain = dict(_base_.start, optim_wrapper=dict(optimizer=dict(lr=2e-3)))
 train_cfg = dict(max_epochs=10, val_interval=10)
 train_dataloader = dict(sampler=dict(start=2800))
 optim_wrapper = dict(optimizer=dict(lr=2e-3))
-param_scheduler = _base_.half["param_scheduler"]
+param_scheduler = _base_.half
 recalibrate = 40
