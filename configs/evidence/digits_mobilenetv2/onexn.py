@@ -2,4 +2,5 @@
 _base_ = "./uniform.py"
 
 model = dict(pruner=dict(_delete_=True, type="OneByN", n=4, rate=0.589, rearrange=True))
-at_25 = dict(model=dict(pruner=dict(rate=0.882)))
+# Blocks of 2: 70.4 and 73.0 instead of 67.4 and 66.2 (two seeds, validation split).
+at_25 = dict(model=dict(pruner=dict(n=2, rate=0.882)))

@@ -1,12 +1,13 @@
 # StrucSpars: half of the epochs search from the trained backbone, at a constant learning rate and without weight
 # decay; then the compact model trains on. delta is larger than published, as there are far fewer iterations.
+# 5e-5 gave 63.2 at 50 %, 2.5e-4 64.9, and this 65.8 (validation split, seed 0).
 _base_ = "../_base_/shapes_maskrcnn.py"
 
 model = dict(
     _delete_=True,
     type="prune_mm.PrunableModel",
     model=_base_.model,
-    pruner=dict(type="StrucSpars", target=dict(macs=0.5), warmup=1, delta=5e-5, interval=None),
+    pruner=dict(type="StrucSpars", target=dict(macs=0.5), warmup=1, delta=8e-4, interval=None),
     scope="backbone",
     input_size=96,
 )
@@ -24,5 +25,6 @@ finetune = dict(
     default_hooks=dict(checkpoint=dict(interval=5, max_keep_ckpts=1)),
 )
 recalibrate = 40
-# Curves are drawn of the first share only.
-at_25 = dict(model=dict(pruner=dict(target=dict(macs=0.25), delta=1.5e-4)), train_cfg=dict(val_interval=10))
+# With a weaker term most is cut by the last threshold: 54.8 at 1.5e-4, 55.7 at 4e-4, 59.9 here, 58.5 at 2.5e-3
+# (validation split, seed 0). Curves are drawn of the first share only.
+at_25 = dict(model=dict(pruner=dict(target=dict(macs=0.25), delta=1e-3)), train_cfg=dict(val_interval=10))

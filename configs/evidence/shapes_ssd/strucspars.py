@@ -24,5 +24,6 @@ finetune = dict(
     default_hooks=dict(checkpoint=dict(interval=5, max_keep_ckpts=1)),
 )
 recalibrate = 40
-# Curves are drawn of the first share only.
-at_25 = dict(model=dict(pruner=dict(target=dict(macs=0.25))), train_cfg=dict(val_interval=10))
+# With a weaker term most is cut by the last threshold: 52.4 at 8.5e-5, 52.0 at 6e-4, 55.3 here, 53.3 at 4e-3
+# (validation split, seed 0). Curves are drawn of the first share only.
+at_25 = dict(model=dict(pruner=dict(target=dict(macs=0.25), delta=1.5e-3)), train_cfg=dict(val_interval=10))
