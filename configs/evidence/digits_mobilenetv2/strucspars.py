@@ -19,7 +19,7 @@ default_hooks = dict(checkpoint=dict(interval=1, max_keep_ckpts=-1))
 finetune = dict(
     train_cfg=dict(max_epochs=30, val_interval=30),
     optim_wrapper=dict(optimizer=dict(weight_decay=0.05)),
-    param_scheduler=_base_.half["param_scheduler"],
+    param_scheduler=_base_.half,
     default_hooks=dict(checkpoint=dict(interval=5, max_keep_ckpts=1)),
 )
 recalibrate = 20

@@ -14,5 +14,5 @@ custom_hooks = [dict(type="prune_mm.PruningHook")]
 pretrain = dict(_base_.start, optim_wrapper=dict(optimizer=dict(lr=2e-3)))
 train_cfg = dict(max_epochs=30, val_interval=30)
 optim_wrapper = dict(optimizer=dict(lr=2e-3))
-param_scheduler = _base_.half["param_scheduler"]
+param_scheduler = _base_.half
 recalibrate = 20
