@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from graph.channel_law import randomised
-from structures.test_low_rank import same
+from structures.pair_nets import same
 from torch import nn
 
 from prune_mm.pruners.hinge_math import init_pair
