@@ -41,31 +41,26 @@ def paired_difference(first: dict[int, float], second: dict[int, float]) -> Summ
     return Summary.of([first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())])
 
 
-def at_least(
-    method: Summary | None,
-    other: Summary | None,
-    margin: float = 0.0,
-    seeds: int = 2,
-    paired: Summary | None = None,
-) -> str:
-    """Whether ``method >= other - margin`` within one standard error of the difference of the means.
+def at_least(gap: Summary | None, margin: float = 0.0, seeds: int = 2) -> str:
+    """Whether a method is at least as good as another, less ``margin``, within one standard error.
 
-    The error is that of independent means, sqrt(a^2 + b^2); fewer than ``seeds`` values of either claim nothing. Where
-    seeds move both alike that error is too generous: the ``paired`` difference, if given, must hold within its own.
+    Args:
+        gap: the paired difference: seeds move both alike, and what they move both by is no error of the difference.
+        margin: what the method may be below the other.
+        seeds: a gap of fewer claims nothing.
     """
-    if method is None or other is None or min(method.count, other.count) < seeds:
+    if gap is None or gap.count < seeds:
         return UNKNOWN
-    slack = math.hypot(method.error, other.error)
-    holds = method.mean >= other.mean - margin - slack
-    return MET if holds and (paired is None or paired.mean >= -margin - paired.error) else MISSED
+    return MET if gap.mean >= -margin - gap.error else MISSED
 
 
-def clearly_above(method: Summary | None, other: Summary | None, seeds: int = 2, paired: Summary | None = None) -> str:
-    """Whether ``method > other`` by more than one standard error of the difference of the means.
-
-    And of the ``paired`` difference, if given.
-    """
-    if method is None or other is None or min(method.count, other.count) < seeds:
+def clearly_above(gap: Summary | None, seeds: int = 2) -> str:
+    """Whether a method is better than another by more than one standard error of the paired difference ``gap``."""
+    if gap is None or gap.count < seeds:
         return UNKNOWN
-    holds = method.mean - other.mean > math.hypot(method.error, other.error)
-    return MET if holds and (paired is None or paired.mean > paired.error) else MISSED
+    return MET if gap.mean > gap.error else MISSED
+
+
+def apart(method: Summary, other: Summary) -> bool:
+    """Whether ``method`` is above ``other`` by more than one standard error even as means of unrelated seeds."""
+    return method.mean - other.mean > math.hypot(method.error, other.error)

@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 from scipy import stats
 
-from prune_mm.analysis.statistics import MET, MISSED, UNKNOWN, Summary, at_least, clearly_above, paired_difference
+from prune_mm.analysis.statistics import (
+    MET,
+    MISSED,
+    UNKNOWN,
+    Summary,
+    apart,
+    at_least,
+    clearly_above,
+    paired_difference,
+)
 
 
 def test_mean_and_standard_error_are_scipys():
@@ -24,17 +33,19 @@ def test_paired_differences_use_common_seeds():
 
 
 def test_claims():
-    low, high, wide = Summary(90.0, 0.3, 3), Summary(91.0, 0.4, 3), Summary(90.6, 0.5, 3)
-    assert at_least(high, low) == MET
-    assert at_least(low, high) == MISSED
-    assert at_least(wide, high) == MET
-    assert at_least(low, high, margin=1.0) == MET
-    assert clearly_above(high, low) == MET
-    assert clearly_above(wide, high) == MISSED
-    steady, level = Summary.of([-2.0, -2.1, -1.9]), Summary.of([-0.1, 0.1, 0.0])
-    assert at_least(wide, high, paired=steady) == MISSED, "seeds move both alike: the difference is certain"
-    assert at_least(wide, high, paired=level) == MET
-    assert at_least(wide, high, margin=3.0, paired=steady) == MET
-    assert clearly_above(high, low, paired=level) == MISSED
+    above, level, below = Summary.of([2.0, 2.1, 1.9]), Summary.of([-0.1, 0.1, 0.03]), Summary.of([-2.0, -2.1, -1.9])
+    noisy = Summary.of([-2.0, 0.3, 0.2])
+    assert [at_least(gap) for gap in (above, level, noisy, below)] == [MET, MET, MET, MISSED]
+    assert [clearly_above(gap) for gap in (above, level, noisy, below)] == [MET, MISSED, MISSED, MISSED]
+    assert at_least(below, margin=3.0) == MET
+    assert at_least(below, margin=1.0) == MISSED
     for claim in (at_least, clearly_above):
-        assert claim(None, low) == claim(Summary(99.0, 0.0, 1), low) == UNKNOWN
+        assert claim(None) == claim(Summary(9.0, 0.0, 1)) == UNKNOWN
+        assert claim(Summary.of([3.0, 3.1]), seeds=3) == UNKNOWN
+
+
+def test_means_that_are_apart_without_common_seeds():
+    low = Summary(90.0, 0.3, 3)
+    assert apart(Summary(91.0, 0.4, 3), low)
+    assert not apart(Summary(90.4, 0.4, 3), low)
+    assert not apart(low, Summary(91.0, 0.4, 3))

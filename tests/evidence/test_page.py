@@ -76,14 +76,21 @@ def test_the_page_computes_means_and_verdicts(tiny_matrix, tmp_path):
     assert Cells(matrix, tmp_path / "results", "val").everything() == []
 
 
-def test_a_verdict_needs_the_paired_difference_too(tiny_matrix, tmp_path):
+def test_verdicts_are_of_paired_differences(tiny_matrix, tmp_path):
     matrix = Matrix.read(tiny_matrix)
-    for row, found in (("uniform", (90.0, 92.0, 94.0)), ("random", (91.6, 90.5, 89.4))):
-        keys = [plan_run(matrix, Run("tiny", row, 25, seed)).key for seed in range(3)]
-        merge_results(tmp_path / "results", "tiny", [record(row, s, v, keys[s], share=25) for s, v in enumerate(found)])
-    page = write_page(matrix, tmp_path, "test").read_text()
-    line = next(line for line in page.splitlines() if "UniformL1 above random" in line)
-    assert "**missed** (+1.50 ± 1.79)" in line, "by the error of the means alone, 1.32, it would be met"
+
+    def line_of(uniform: tuple, random: tuple, folder: str) -> str:
+        for row, found in (("uniform", uniform), ("random", random)):
+            keys = [plan_run(matrix, Run("tiny", row, 25, seed)).key for seed in range(3)]
+            records = [record(row, s, v, keys[s], share=25) for s, v in enumerate(found)]
+            merge_results(tmp_path / folder / "results", "tiny", records)
+        page = write_page(matrix, tmp_path / folder, "test").read_text()
+        return next(line for line in page.splitlines() if "UniformL1 above random" in line)
+
+    crossed = line_of((90.0, 92.0, 94.0), (91.6, 90.5, 89.4), "crossed")
+    assert "**missed** (+1.50 ± 1.79)" in crossed, "by the spread of each row, 1.32, it would be met"
+    assert "met (+3.00 ± 0.06)" in line_of((93.0, 93.2, 93.1), (90.0, 90.1, 90.2), "steady")
+    assert "met* (+1.00 ± 0.06)" in line_of((81.0, 91.1, 95.9), (80.0, 90.0, 95.0), "spread")
 
 
 def test_a_network_that_detects_nothing_counts_as_zero(tiny_matrix, tmp_path):

@@ -1,4 +1,4 @@
-# A small SSD (ResNet-18 of half width, cut after layer3, stride 1 there) on the same images as the Mask R-CNN.
+# A small SSD (ResNet-18 of a quarter of its width, cut after layer3, stride 1 there) on the images of the Mask R-CNN.
 # Every row trains for 20 epochs in all.
 _base_ = "../../_base_/demo_ssd_r18.py"
 
@@ -18,15 +18,16 @@ shapes = dict(
         min_radius=7.0,
     ),
 )
-starts_from = "shapes_backbone"
+starts_from = "shapes_backbone_narrow"
 model = dict(
     backbone=dict(
-        base_channels=32,
+        stem_channels=8,
+        base_channels=16,
         init_cfg=dict(type="Pretrained", prefix="backbone.", checkpoint="{{backbone}}"),
     ),
-    neck=dict(in_channels=(128,), out_channels=(128, 128, 128, 64)),
+    neck=dict(in_channels=(64,), out_channels=(64, 64, 64, 32)),
     bbox_head=dict(
-        in_channels=(128, 128, 128, 64),
+        in_channels=(64, 64, 64, 32),
         num_classes=4,
         anchor_generator=dict(input_size=96, min_sizes=[16, 26, 40, 58], max_sizes=[26, 40, 58, 80]),
     ),

@@ -23,7 +23,7 @@ model = dict(
 custom_hooks = [dict(type="prune_mm.PruningHook")]
 
 train_cfg = dict(val_interval=2)
-# At 25 % the later end was better by 2 AP (one seed). Curves are drawn of the first share only.
+# At 25 % the later end was better by 2 AP, with two cosines (one seed). Curves are drawn of the first share only.
 at_25 = dict(
     model=dict(pruner=dict(target=dict(macs=0.25), interval=3, end=9)),
     train_cfg=dict(val_interval=20),
