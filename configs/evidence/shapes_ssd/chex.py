@@ -23,7 +23,7 @@ model = dict(
 custom_hooks = [dict(type="prune_mm.PruningHook")]
 
 train_cfg = dict(val_interval=2)
-# With cut shortcuts, initial_regrow=0.3, interval=3 and end=9, 50 % end at 51.7, 39.8 and 37.7 instead of 52.9, 48.7 and
+# With cut shortcuts, initial_regrow=0.3, interval=3 and end=9, 50 % end at 51.7, 39.8, 37.7 instead of 52.9, 48.7,
 # 45.5 (test split). An end at 9 instead of 6 gives 56.6 and 48.9 instead of 56.1 and 50.3 (validation split).
 # Curves are drawn of the first share only.
 at_25 = dict(
