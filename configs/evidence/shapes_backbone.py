@@ -1,5 +1,5 @@
-# What the detectors start from, as others start from ImageNet: their backbone, taught to tell six shapes apart, one in
-# an image of 32x32. It knows neither boxes nor clutter.
+# A backbone of half the usual width, taught to tell six shapes apart, one in an image of 32x32. It knows neither boxes
+# nor clutter.
 _base_ = "../_base_/demo_resnet18.py"
 
 model = dict(backbone=dict(stem_channels=32, base_channels=32), head=dict(in_channels=256))

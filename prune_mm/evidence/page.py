@@ -36,15 +36,15 @@ and `work_dirs/evidence/<task>/<run>/commands.sh` lists the commands of each.
   on; no row trains on an image twice. They are small on purpose: everything runs in minutes on a processor. They rank
   methods at this scale; they do not replace ImageNet or COCO.
 * **Detectors start from a trained backbone**, as others start from ImageNet: taught to tell six shapes apart, one in
-  an image of 32x32 (`shapes_backbone_narrow.py`), anew for every seed. It is the same for all
-  rows of a task, and not counted in their time.
+  an image of 32x32 (`shapes_backbone_narrow.py`), anew for every seed. It is the same for all rows of a task, and not
+  counted in their time.
 * **Networks** have half their usual width, the detectors a quarter: of a full-width ResNet-20 on plain digits, random
   channels at 25 % of the MACs ended within a point of the dense network (95.7 and 96.5 % on the validation split, one
   seed).
 * **The same for all.** Every row trains for the same number of epochs in all, dense too: methods that prune trained
   weights spend the first half on those (shared by all such rows of a seed). MACs and parameters are those of the
   backbone's compact form, counted by one program. What is tested is the exported artifact. Random channels, UniformL1
-  and CHEX leave shortcut projections whole, but for CHEX on SSD at 50 %.
+  and CHEX leave shortcut projections whole.
 * **Learning rates.** A schedule alone can be worth more than a method. On MobileNetV2 and the detectors every row has a
   constant rate in the first half and one cosine in the second. On the ResNets (on ResNet-20 that changed little) what
   is cut half way has a cosine in each half, StrucSpars a constant rate first, and what trains in one go one cosine.
