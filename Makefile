@@ -23,8 +23,8 @@ stress: $(VENV)/.tests
 
 # The same package beside the OpenMMLab packages under their original names, in an environment of its own.
 UPSTREAM := .venv-upstream
-UPSTREAM_TESTS := tests/compat tests/graph/test_mmdet_backbones.py tests/graph/test_rules.py tests/graph/test_opaque.py tests/structures/test_law.py \
-	tests/engine/test_attach.py tests/engine/test_training.py tests/engine/test_resume.py tests/engine/test_ema.py \
+UPSTREAM_TESTS := tests/compat tests/graph/test_mmdet_backbones.py tests/graph/test_rules.py tests/graph/test_opaque.py \
+	tests/structures/test_law.py tests/engine/test_attach.py tests/engine/test_training.py tests/engine/test_resume.py tests/engine/test_ema.py \
 	tests/engine/test_distributed.py tests/export/test_artifact.py tests/tools/test_compress.py tests/test_configs.py
 test-upstream: $(UPSTREAM)/.tests
 	OMP_NUM_THREADS=1 $(UPSTREAM)/bin/python -m pytest -n $(WORKERS) --dist loadfile $(UPSTREAM_TESTS)

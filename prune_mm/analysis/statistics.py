@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-MET, MISSED, UNKNOWN = "met", "missed", "not yet measured"
+MET, PAIRS_ONLY, MISSED, UNKNOWN = "met", "met*", "missed", "not yet measured"
 
 
 @dataclass(frozen=True)
@@ -37,30 +37,32 @@ class Summary:
 
 
 def paired_difference(first: dict[int, float], second: dict[int, float]) -> Summary | None:
-    """Summary of ``first - second`` over the seeds that both have."""
-    return Summary.of([first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())])
+    """Summary of ``first - second`` over the seeds that both have; None below two, which tell no error."""
+    seeds = sorted(first.keys() & second.keys())
+    return Summary.of([first[seed] - second[seed] for seed in seeds]) if len(seeds) > 1 else None
 
 
-def at_least(gap: Summary | None, margin: float = 0.0, seeds: int = 2) -> str:
-    """Whether a method is at least as good as another, less ``margin``, within one standard error.
+def at_least(gap: Summary | None, margin: float | None = None) -> str:
+    """Whether a method is at least as good as another, by their paired difference ``gap``.
+
+    Seeds move both alike, and what they move both by is no error of the difference.
 
     Args:
-        gap: the paired difference: seeds move both alike, and what they move both by is no error of the difference.
-        margin: what the method may be below the other.
-        seeds: a gap of fewer claims nothing.
+        gap: method minus other; None claims nothing.
+        margin: what the method may be below the other; None: one standard error of the gap.
     """
-    if gap is None or gap.count < seeds:
+    if gap is None:
         return UNKNOWN
-    return MET if gap.mean >= -margin - gap.error else MISSED
+    return MET if gap.mean >= -(gap.error if margin is None else margin) else MISSED
 
 
-def clearly_above(gap: Summary | None, seeds: int = 2) -> str:
-    """Whether a method is better than another by more than one standard error of the paired difference ``gap``."""
-    if gap is None or gap.count < seeds:
+def clearly_above(gap: Summary | None, method: Summary | None, other: Summary | None) -> str:
+    """Whether a method is better than another by more than one standard error of their paired difference ``gap``.
+
+    :data:`PAIRS_ONLY` where it is not by the means of both, with an error as if they had no seed in common.
+    """
+    if gap is None or method is None or other is None:
         return UNKNOWN
-    return MET if gap.mean > gap.error else MISSED
-
-
-def apart(method: Summary, other: Summary) -> bool:
-    """Whether ``method`` is above ``other`` by more than one standard error even as means of unrelated seeds."""
-    return method.mean - other.mean > math.hypot(method.error, other.error)
+    if gap.mean <= gap.error:
+        return MISSED
+    return MET if method.mean - other.mean > math.hypot(method.error, other.error) else PAIRS_ONLY

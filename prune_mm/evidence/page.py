@@ -9,9 +9,9 @@ from pathlib import Path
 from prune_mm.analysis.statistics import (
     MET,
     MISSED,
+    PAIRS_ONLY,
     UNKNOWN,
     Summary,
-    apart,
     at_least,
     clearly_above,
     paired_difference,
@@ -125,43 +125,41 @@ def _claims(cells: Cells) -> str:
     """What is claimed, a line each, and whether it holds, a column a task."""
     tasks, lines, verdicts = cells.matrix.tasks, {}, []
     for task in tasks:
-        for what, verdict, gap, spread in _claims_of(cells, task):
-            verdicts.append((verdict, spread))
-            shown = f"**{verdict}**" if verdict == MISSED else verdict + ("*" if spread else "")
+        for what, verdict, gap in _claims_of(cells, task):
+            verdicts.append(verdict)
+            shown = f"**{verdict}**" if verdict == MISSED else verdict
             lines.setdefault(what, []).append(shown + (f" ({gap.mean:+.2f} ± {gap.error:.2f})" if gap else ""))
-    counts = ", ".join(f"{[v for v, _ in verdicts].count(verdict)} {verdict}" for verdict in (MET, MISSED, UNKNOWN))
+    pairs = verdicts.count(PAIRS_ONLY)
+    counts = (verdicts.count(MET) + pairs, verdicts.count(MISSED), verdicts.count(UNKNOWN))
     note = (
         "In brackets: the difference, in points, paired over seeds, and its standard error. *At least* and *above* are "
-        "judged by those, and need two seeds: all rows of a seed start from the same weights and see the same images. "
-        f"Of those that are met, {sum(spread for _, spread in verdicts)} (met\\*) are not by the spread of each row "
-        "alone, as if rows had no seed in common."
+        "judged by those, and need two seeds: a seed decides for all rows of a task which backbone or network they "
+        f"start from. Of those that are met, {pairs} (met\\*) are not by the spread of each row alone, as if rows had "
+        "no seed in common."
     )
     titles = [task.title.partition(": ")[2] or task.title for task in tasks]
-    return f"{counts}. {note}\n\n" + _table(("claim", *titles), [(what, *found) for what, found in lines.items()])
+    total = ", ".join(f"{count} {name}" for count, name in zip(counts, (MET, MISSED, UNKNOWN)))
+    return f"{total}. {note}\n\n" + _table(("claim", *titles), [(what, *found) for what, found in lines.items()])
 
 
-def _claims_of(cells: Cells, task: Task) -> Iterator[tuple[str, str, Summary | None, bool]]:
-    """Claim, verdict, the paired difference it is about, and whether rows as such spread too far for it."""
+def _claims_of(cells: Cells, task: Task) -> Iterator[tuple[str, str, Summary | None]]:
+    """Claim, verdict, and the paired difference it is about."""
     metric, shares = task.metrics[0], cells.matrix.shares
 
     def gap(row: str, other: str, share: int) -> Summary | None:
-        found = paired_difference(*(cells.by_seed(task.name, name, share, metric) for name in (row, other)))
-        return found if found is not None and found.count > 1 else None
+        return paired_difference(*(cells.by_seed(task.name, name, share, metric) for name in (row, other)))
 
     rows = [row for row in cells.matrix.rows if row.claims]
     for row in rows:
         if row.name != "uniform":
             found = gap(row.name, "uniform", shares[0])
-            yield f"{row.label} at least UniformL1 at {shares[0]} %", at_least(found), found, False
+            yield f"{row.label} at least UniformL1 at {shares[0]} %", at_least(found), found
     found = gap("chex", DENSE, shares[0])
-    verdict = UNKNOWN if found is None else MET if found.mean >= -task.within else MISSED
-    yield f"CHEX at {shares[0]} % within {task.within:g} point of dense", verdict, found, False
+    yield f"CHEX at {shares[0]} % within {task.within:g} point of dense", at_least(found, margin=task.within), found
     for row in rows:
         found = gap(row.name, "random", shares[-1])
-        verdict = clearly_above(found)
-        means = [cells.metric(task.name, name, shares[-1], metric) for name in (row.name, "random")]
-        spread = verdict == MET and None not in means and not apart(*means)
-        yield f"{row.label} above random channels at {shares[-1]} %", verdict, found, spread
+        means = (cells.metric(task.name, name, shares[-1], metric) for name in (row.name, "random"))
+        yield f"{row.label} above random channels at {shares[-1]} %", clearly_above(found, *means), found
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------

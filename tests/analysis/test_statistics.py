@@ -8,9 +8,9 @@ from scipy import stats
 from prune_mm.analysis.statistics import (
     MET,
     MISSED,
+    PAIRS_ONLY,
     UNKNOWN,
     Summary,
-    apart,
     at_least,
     clearly_above,
     paired_difference,
@@ -30,22 +30,23 @@ def test_paired_differences_use_common_seeds():
     found = paired_difference({0: 2.0, 1: 4.0, 7: 9.0}, {0: 1.0, 1: 1.0, 8: 0.0})
     assert (found.mean, found.count) == (2.0, 2)
     assert found.error == pytest.approx(stats.sem([1.0, 3.0]))
+    assert paired_difference({0: 2.0, 7: 9.0}, {0: 1.0, 8: 0.0}) is None, "one difference tells no error"
 
 
-def test_claims():
-    above, level, below = Summary.of([2.0, 2.1, 1.9]), Summary.of([-0.1, 0.1, 0.03]), Summary.of([-2.0, -2.1, -1.9])
-    noisy = Summary.of([-2.0, 0.3, 0.2])
-    assert [at_least(gap) for gap in (above, level, noisy, below)] == [MET, MET, MET, MISSED]
-    assert [clearly_above(gap) for gap in (above, level, noisy, below)] == [MET, MISSED, MISSED, MISSED]
-    assert at_least(below, margin=3.0) == MET
-    assert at_least(below, margin=1.0) == MISSED
-    for claim in (at_least, clearly_above):
-        assert claim(None) == claim(Summary(9.0, 0.0, 1)) == UNKNOWN
-        assert claim(Summary.of([3.0, 3.1]), seeds=3) == UNKNOWN
+ABOVE, LEVEL, BELOW = Summary.of([2.0, 2.1, 1.9]), Summary.of([-0.1, 0.1, 0.03]), Summary.of([-2.0, -2.1, -1.9])
+NOISY = Summary.of([-2.0, 0.3, 0.2])
 
 
-def test_means_that_are_apart_without_common_seeds():
-    low = Summary(90.0, 0.3, 3)
-    assert apart(Summary(91.0, 0.4, 3), low)
-    assert not apart(Summary(90.4, 0.4, 3), low)
-    assert not apart(low, Summary(91.0, 0.4, 3))
+def test_at_least():
+    assert [at_least(gap) for gap in (ABOVE, LEVEL, NOISY, BELOW, None)] == [MET, MET, MET, MISSED, UNKNOWN]
+    assert [at_least(BELOW, margin=margin) for margin in (2.05, 1.95)] == [MET, MISSED]
+    assert at_least(NOISY, margin=0.4) == MISSED, "a margin is no slack for noise"
+
+
+def test_clearly_above():
+    low, high, wide = Summary(90.0, 0.3, 3), Summary(92.0, 0.4, 3), Summary(92.0, 2.4, 3)
+    for gap, verdict in ((ABOVE, MET), (LEVEL, MISSED), (NOISY, MISSED), (BELOW, MISSED), (None, UNKNOWN)):
+        assert clearly_above(gap, high, low) == verdict
+    assert clearly_above(ABOVE, wide, low) == PAIRS_ONLY
+    assert clearly_above(LEVEL, wide, low) == MISSED
+    assert clearly_above(ABOVE, None, low) == clearly_above(ABOVE, high, None) == UNKNOWN

@@ -76,21 +76,41 @@ def test_the_page_computes_means_and_verdicts(tiny_matrix, tmp_path):
     assert Cells(matrix, tmp_path / "results", "val").everything() == []
 
 
-def test_verdicts_are_of_paired_differences(tiny_matrix, tmp_path):
+def page_of(tiny_matrix, folder, share, rows: dict[str, tuple]) -> list[str]:
+    """Lines of the page of rows with these results, a seed each."""
     matrix = Matrix.read(tiny_matrix)
+    for row, found in rows.items():
+        aim = 100 if row == "dense" else share
+        keys = [plan_run(matrix, Run("tiny", row, aim, seed)).key for seed in range(len(found))]
+        records = [record(row, s, v, keys[s], share=aim) for s, v in enumerate(found)]
+        merge_results(folder / "results", "tiny", records)
+    return write_page(matrix, folder, "test").read_text().splitlines()
 
-    def line_of(uniform: tuple, random: tuple, folder: str) -> str:
-        for row, found in (("uniform", uniform), ("random", random)):
-            keys = [plan_run(matrix, Run("tiny", row, 25, seed)).key for seed in range(3)]
-            records = [record(row, s, v, keys[s], share=25) for s, v in enumerate(found)]
-            merge_results(tmp_path / folder / "results", "tiny", records)
-        page = write_page(matrix, tmp_path / folder, "test").read_text()
-        return next(line for line in page.splitlines() if "UniformL1 above random" in line)
 
-    crossed = line_of((90.0, 92.0, 94.0), (91.6, 90.5, 89.4), "crossed")
-    assert "**missed** (+1.50 ± 1.79)" in crossed, "by the spread of each row, 1.32, it would be met"
-    assert "met (+3.00 ± 0.06)" in line_of((93.0, 93.2, 93.1), (90.0, 90.1, 90.2), "steady")
-    assert "met* (+1.00 ± 0.06)" in line_of((81.0, 91.1, 95.9), (80.0, 90.0, 95.0), "spread")
+def claim(lines: list[str], what: str) -> str:
+    return next(line for line in lines if line.startswith("|") and what in line)
+
+
+@pytest.mark.parametrize(
+    ("uniform", "random", "verdict", "counts"),
+    [
+        ((90.0, 92.0, 94.0), (91.6, 90.5, 89.4), "**missed** (+1.50 ± 1.79)", "0 met, 1 missed"),
+        ((93.0, 93.2, 93.1), (90.0, 90.1, 90.2), "met (+3.00 ± 0.06)", "1 met, 0 missed"),
+        ((81.0, 91.1, 95.9), (80.0, 90.0, 95.0), "met* (+1.00 ± 0.06)", "1 met, 0 missed"),
+        ((93.0,), (90.0,), "not yet measured |", "0 met, 0 missed"),
+    ],
+)
+def test_verdicts_are_of_paired_differences(tiny_matrix, tmp_path, uniform, random, verdict, counts):
+    lines = page_of(tiny_matrix, tmp_path, 25, {"uniform": uniform, "random": random})
+    assert verdict in claim(lines, "UniformL1 above random")
+    note = next(line for line in lines if line.startswith(counts))
+    assert f"Of those that are met, {int('*' in verdict and 'missed' not in verdict)} (met\\*)" in note
+
+
+@pytest.mark.parametrize(("chex", "verdict"), [((97.1, 96.2), "met (-0.85"), ((97.1, 95.7), "**missed** (-1.10")])
+def test_chex_is_compared_with_dense(tiny_matrix, tmp_path, chex, verdict):
+    lines = page_of(tiny_matrix, tmp_path, 50, {"dense": (98.0, 97.0), "chex": chex})
+    assert verdict in claim(lines, "CHEX at 50 % within 1 point of dense")
 
 
 def test_a_network_that_detects_nothing_counts_as_zero(tiny_matrix, tmp_path):

@@ -8,10 +8,7 @@ import torch
 from torch import nn
 
 from prune_mm.pruners.hinge_math import init_pair, pair_rank
-from prune_mm.structures.pair import (
-    attach_pair,
-    set_pair,
-)
+from prune_mm.structures.pair import attach_pair, set_pair
 
 CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 EXACT = ("svd2", "svd", "p-identity")
